@@ -1,0 +1,36 @@
+# Every target sets up what it needs. UV=... and PYTHON=... choose another uv or interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test lint bench mlflow clean
+
+quickstart: $(VENV)/.ready
+	$(BIN)/python jobs/quickstart.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy t2v pipelines
+
+bench: $(VENV)/.ready
+	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# video2dataset pins torch 2.1.2 and numpy < 2; without its dependencies it works with the versions of this project.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --constraint constraints.txt -e '.[standins,dev]'
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps 'video2dataset==1.3.0'
+	touch $@
+
+# Browses the runs of a folder; its two extra processes would serve MLflow's own jobs, which are not used here.
+mlflow: $(VENV)/.ready
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	$(BIN)/mlflow server --host 127.0.0.1 --backend-store-uri sqlite:///$(abspath $(RUN))/mlflow.db
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,116 @@
+"""The whole path in miniature: a corpus, latents, training, videos, scores and a report, on this machine.
+
+    make quickstart
+
+It starts a Ray of its own (or joins the one that RAY_ADDRESS names) and submits the four jobs through the job API, as
+`ray job submit` does. What an earlier run has finished, even one that was killed, is not done again. Any key of the
+configuration may be overridden and is handed on to the jobs.
+"""
+
+import asyncio
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from jobs.config import parse, parser
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+JOBS = ("prepare_data", "train", "generate --prompts jobs/configs/nano_prompts.txt", "evaluate")
+PROGRESS = re.compile(r"\[\w+\] ([\d,]+)/([\d,]+) (\w+)(.*)")  # what jobs print: [train] 46/2,760 samples ...
+OBJECT_STORE_BYTES = 1_000_000_000
+
+
+def main() -> None:
+    os.chdir(PROJECT)
+    given = ["--config", "jobs/configs/nano.yaml", "--run_dir", f"{PROJECT}/runs/quickstart", *sys.argv[1:]]
+    run_dir = parse(parser(__doc__), given)[0].run_dir
+    # A Ray that this process starts runs jobs in this folder; any other one gets a copy of it.
+    environment = {"working_dir": PROJECT} if os.environ.get("RAY_ADDRESS") else {}
+    begun = time.monotonic()
+    with _job_api() as client:
+        for name, *extra in map(shlex.split, JOBS):
+            entrypoint = shlex.join(["python", f"jobs/{name}.py", *given, *extra])
+            job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+            asyncio.run(_follow(client, job, name, f"{run_dir}/logs/{name}.log"))
+    _show(run_dir, time.monotonic() - begun)
+
+
+@contextmanager
+def _job_api() -> Iterator["JobSubmissionClient"]:
+    """The job API of the cluster in RAY_ADDRESS, or of a Ray that ends with this process."""
+    os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # so that jobs find this python
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:  # of one's own and on loopback: no token is needed
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    if address.startswith("http"):
+        yield JobSubmissionClient(address)
+        return
+    print("starting Ray" if not address else f"joining Ray at {address}", flush=True)
+    local = {
+        "num_cpus": max(2, os.cpu_count() or 2),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": True,
+        "dashboard_port": _free_port(),
+    }
+    context = ray.init(**({} if address else local), logging_level="warning", log_to_driver=False)
+    yield JobSubmissionClient(f"http://{context.dashboard_url}")
+    ray.shutdown()
+
+
+async def _follow(client: "JobSubmissionClient", job: str, name: str, path: str) -> None:
+    """Draws a job's progress until it ends, keeps its log, and ends this process if it fails."""
+    from ray.job_submission import JobStatus
+    from tqdm import tqdm
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    last: deque[str] = deque(maxlen=30)
+    layout = "{desc:<13}{percentage:3.0f}% |{bar:24}| {n:,}/{total:,} {unit} [{elapsed}]{postfix}"
+    with open(path, "a") as log, tqdm(desc=name, total=1, unit="", bar_format=layout, file=sys.stdout) as bar:
+        async for lines in client.tail_job_logs(job):
+            log.write(lines)
+            for line in lines.splitlines():
+                last.append(line)
+                if found := PROGRESS.search(line):
+                    done, total, bar.unit, rest = found.groups()
+                    bar.n, bar.total = int(done.replace(",", "")), int(total.replace(",", ""))
+                    bar.set_postfix_str(" ".join(rest.split()))
+    if client.get_job_status(job) != JobStatus.SUCCEEDED:
+        print(*last, f"{name} failed; its whole log is {path}", sep="\n")
+        raise SystemExit(1)
+
+
+def _show(run_dir: str, seconds: float) -> None:
+    """What came out, and where it lies."""
+    from dashboards.report import write_report
+    from pipelines.ledger import funnel_text, read_funnel
+    from pipelines.scoring import table
+    from t2v import storage
+
+    print(f"\n{funnel_text(read_funnel(run_dir))}\n\n{table(storage.read_json(f'{run_dir}/scores/scores.json'))}\n")
+    print(f"videos   {run_dir}/samples")
+    print(f"report   {write_report(run_dir)}")
+    print(f"MLflow   make mlflow RUN={os.path.relpath(run_dir)}")
+    print(f"done in {seconds:.0f} s")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Latent shards -> the trained UNet, as checkpoints and as a diffusers folder; rerunning it resumes.
+
+    ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/nano.yaml
+"""
+
+from jobs.config import Config, job, parse, parser
+
+
+def main() -> None:
+    config, _ = parse(parser(__doc__))
+    with job("train", config):
+        if _trained_samples(config) >= config.train.samples:
+            print(f"[train] nothing to do: {config.run_dir}/train/model has seen {config.train.samples:,} samples")
+            return
+        from pipelines.preview import start_preview
+        from t2v.trainer import TrainJob
+        from t2v.worker import fit
+
+        train_job = TrainJob(
+            run_dir=config.run_dir,
+            seed=config.seed,
+            size=config.data.size,
+            frames=config.data.frames,
+            model=config.model,
+            diffusion=config.diffusion,
+            train=config.train,
+            sample=config.sample,
+        )
+        fit(train_job, start_preview)
+
+
+def _trained_samples(config: Config) -> int:
+    from t2v import storage
+
+    path = storage.join(config.run_dir, "train", "model", "t2v.json")
+    return storage.read_json(path)["info"]["samples"] if storage.exists(path) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the data, sampling and scoring pipelines can be told; every default is the paper's (4.1.1)."""
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class CorpusConfig:
+    """The miniature's own corpus: captioned clips and pictures of moving shapes, served on loopback."""
+
+    clips: int = 192
+    pictures: int = 384
+    test_clips: int = 48
+    width: int = 192
+    height: int = 128
+    picture_only_colours: list[str] = field(default_factory=lambda: ["purple", "cyan"])
+    faults: bool = True
+    seed: int = 0
+
+
+@dataclass
+class StreamConfig:
+    """One input: a CSV, TSV, Parquet or JSONL manifest of URLs and captions.
+
+    `columns` names a built-in column map (webvid, laion2b-en, msrvtt, generic) or is one: "url=link,caption=title".
+    """
+
+    manifest: str | None = None
+    columns: str = "webvid"
+    shard_rows: int = 100
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise ValueError(f"shard_rows: {self.shard_rows} is below 1")
+
+
+@dataclass
+class FetchConfig:
+    """Bounds on what a stranger's server may do to a download, and on what we do to it.
+
+    `concurrency` and `per_host` count downloads of one shard; `timeout_s` bounds one attempt. The addresses of
+    `allow_networks` ("127.0.0.0/8") are reached although they are not public. `cpus_per_task` tells Ray how many
+    shards to download at once beside the encoders.
+    """
+
+    concurrency: int = 64
+    per_host: int = 16
+    timeout_s: float = 60.0
+    retries: int = 2
+    max_bytes: int = 500_000_000
+    max_redirects: int = 5
+    max_pixels: int = 100_000_000
+    allow_networks: list[str] = field(default_factory=list)
+    honour_opt_out: bool = True
+    cpus_per_task: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "per_host", "timeout_s", "max_bytes", "max_pixels", "cpus_per_task"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
+        if self.retries < 0 or self.max_redirects < 0:
+            raise ValueError("retries and max_redirects must not be negative")
+        for network in self.allow_networks:
+            ipaddress.ip_network(network)
+
+
+@dataclass
+class EncodeConfig:
+    """The actors that decode media and hold the VAE."""
+
+    workers: int = 8
+    gpus_per_worker: float = 1
+    cpus_per_worker: float = 4
+    batch_frames: int = 64
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.batch_frames < 1:
+            raise ValueError("workers and batch_frames must be at least 1")
+
+
+@dataclass
+class DataConfig:
+    """From URL lists to latent shards: the middle square, 16 frames at 3 fps (paper 4.1.1)."""
+
+    size: int = 256
+    frames: int = 16
+    fps: float = 3.0
+    keep_variance: bool = True
+    videos: StreamConfig = field(default_factory=StreamConfig)
+    images: StreamConfig = field(default_factory=lambda: StreamConfig(columns="laion2b-en", shard_rows=1000))
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+
+    def __post_init__(self) -> None:
+        if self.size < 8 or self.size % 8:
+            raise ValueError(f"size: {self.size} is no multiple of 8, the VAE's downsampling")
+        if self.frames < 1 or self.fps <= 0:
+            raise ValueError("frames must be at least 1 and fps above 0")
+
+
+@dataclass
+class EvaluateConfig:
+    """Scores against real test clips (paper 4.1.1: 2,048 clips of MSR-VTT, one caption each)."""
+
+    test: str | None = None
+    columns: str = "msrvtt"
+    clips: int = 2048
+    seed: int = 0
+    networks: Literal["standins", "none"] = "standins"
+    judge_shapes: bool = False

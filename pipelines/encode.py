@@ -1,0 +1,154 @@
+"""Ray Data's second stage: one shard's downloads -> frames -> latents, ledger and summary.
+
+Decoded frames never leave the task. k clips of frames [f, y, x, 3]; c latent channels, h w latent size.
+torch and the VAE are imported where an encoder is made, so that the driver need not wait for them.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.config import DataConfig
+from pipelines.ledger import Entry, write_ledger
+from pipelines.media import Clip, MediaError, read_clip, read_image
+from t2v import shards, storage
+from t2v.shards import LatentInfo
+
+Decoded = tuple[Entry, str, Clip | None]  # how a row ended, its caption, and its frames if it is ok
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row that came through: mean and logvar are fp16 [c, f, h, w]."""
+
+    row_id: str
+    caption: str
+    fps: float
+    start_s: float
+    mean: np.ndarray
+    logvar: np.ndarray
+
+
+class ShardEncoder:
+    """Holds the VAE and makes one shard a call: latents are committed first, then the ledger, the summary last."""
+
+    def __init__(self, data_dir: str, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
+        import torch
+
+        from t2v.frozen import load_vae
+
+        self.data_dir, self.data, self.seed = data_dir, data, seed
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.vae = load_vae(vae_path, device, chunk_frames=data.encode.batch_frames)
+        if self.vae.id != encoder:
+            raise ValueError(f"{vae_path}: weights {self.vae.id} here, but {encoder} where the run was started")
+        black = torch.zeros(1, data.size, data.size, 3, dtype=torch.uint8)
+        self.channels, self.height, self.width = self.vae.encode(black)[0].shape[1:]
+        self.threads = max(1, int(data.encode.cpus_per_worker))
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row, a shard with its downloads (pipelines/prepare.py) -> one row, what became of it."""
+        begun = time.monotonic()
+        (task,) = batch.drop_columns(["downloads"]).to_pylist()
+        downloads = pa.ipc.open_stream(batch.column("downloads")[0].as_buffer()).read_all()
+        frames = self.data.frames if task["stream"] == "videos" else 1
+        at_once = max(1, self.data.encode.batch_frames // frames)
+
+        entries: list[Entry] = []
+        kept: list[_Row] = []
+        decoded = _in_order(
+            self.pool, lambda row: self._decode(task["stream"], row), _rows(downloads), 2 * self.threads
+        )
+        while group := list(islice(decoded, at_once)):
+            entries += [entry for entry, _, _ in group]
+            kept += self._encode([(entry.row_id, caption, clip) for entry, caption, clip in group if clip])
+
+        if len(entries) != task["rows"]:
+            raise RuntimeError(f"shard {task['name']}: {task['rows']} rows in, {len(entries)} in its ledger")
+        shape = (self.channels, frames, self.height, self.width)
+        info = LatentInfo(task["stream"], shape, self.vae.id, self.vae.scale, task["data_hash"])
+        self._commit(task, info, entries, kept, time.monotonic() - begun)
+        return pa.table({"stream": [task["stream"]], "rows": [len(entries)], "ok": [len(kept)]})
+
+    def _decode(self, stream: str, row: dict) -> Decoded:
+        body, data = row["body"], self.data
+        entry = Entry(row["row_id"], row["url"], row["status"], "fetch", row["message"], len(body), row["seconds"])
+        if entry.status != "ok":
+            return entry, row["caption"], None
+        try:
+            if stream == "videos":
+                key = f"{self.seed}/{entry.row_id}"
+                clip = read_clip(body, data.frames, data.fps, data.size, "random", key, data.fetch.max_pixels)
+            else:
+                clip = Clip(read_image(body, data.size, data.fetch.max_pixels), 0.0, 0.0)
+        except MediaError as error:
+            return (replace(entry, status=error.reason, stage="decode", message=error.message), row["caption"], None)
+        return replace(entry, stage="encode"), row["caption"], clip
+
+    def _encode(self, clips: list[tuple[str, str, Clip]]) -> list[_Row]:
+        import torch
+
+        if not clips:
+            return []
+        frames = torch.from_numpy(np.concatenate([clip.frames for _, _, clip in clips]))
+        mean, logvar = (
+            part.unflatten(0, (len(clips), -1)).transpose(1, 2).half().cpu().numpy()  # k c f h w
+            for part in self.vae.encode(frames)
+        )
+        return [
+            _Row(row_id, caption, clip.source_fps, clip.start_s, mean[index], logvar[index])
+            for index, (row_id, caption, clip) in enumerate(clips)
+        ]
+
+    def _commit(self, task: dict, info: LatentInfo, entries: list[Entry], kept: list[_Row], seconds: float) -> None:
+        def stacked(latents: list[np.ndarray]) -> np.ndarray:
+            return np.stack(latents) if latents else np.empty((0, *info.shape), info.dtype)
+
+        name, stream = task["name"], task["stream"]
+        status = Counter(entry.status for entry in entries)
+        if status["ok"] != len(kept):
+            raise RuntimeError(f"shard {name}: {status['ok']} rows are ok, but {len(kept)} have latents")
+        shard = shards.write_shard(
+            storage.join(self.data_dir, "latents", stream, f"{name}.parquet"),
+            info,
+            row_id=[row.row_id for row in kept],
+            caption=[row.caption for row in kept],
+            mean=stacked([row.mean for row in kept]),
+            logvar=stacked([row.logvar for row in kept]) if self.data.keep_variance else None,
+            fps=[row.fps for row in kept],
+            start_s=[row.start_s for row in kept],
+        )
+        write_ledger(storage.join(self.data_dir, "ledger", stream, f"{name}.parquet"), entries)
+        summary = {
+            "rows": len(entries),
+            "status": status,
+            "row_groups": shard.row_groups,
+            "info": asdict(info),
+            "bytes": sum(entry.bytes for entry in entries),
+            "seconds": {"fetch": task["fetch_s"], "encode": seconds},
+        }
+        storage.write_json(storage.join(self.data_dir, "done", stream, f"{name}.json"), summary)
+
+
+def _rows(downloads: pa.Table) -> Iterator[dict]:
+    """The rows as dictionaries, one after another, so that bodies are copied out of the table only when due."""
+    for batch in downloads.to_batches(max_chunksize=1):
+        yield from batch.to_pylist()
+
+
+def _in_order(pool: Executor, decode: Callable[[dict], Decoded], rows: Iterable[dict], ahead: int) -> Iterator[Decoded]:
+    """Like pool.map, but never more than `ahead` results wait in memory."""
+    waiting: deque[Future[Decoded]] = deque()
+    for row in rows:
+        waiting.append(pool.submit(decode, row))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,111 @@
+"""Every input row ends in the ledger with a status; the funnel is its sum by stream and status."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from t2v import storage
+
+Status = Literal[
+    "ok",
+    "no_url",
+    "dns",
+    "connection",
+    "timeout",
+    "http_404",
+    "http_error",
+    "too_many_redirects",
+    "forbidden_address",
+    "opt_out",
+    "empty",
+    "too_large",
+    "not_media",
+    "corrupt",
+    "too_short",
+    "too_many_pixels",
+]
+Stage = Literal["fetch", "decode", "encode"]
+Funnel = dict[str, Counter[str]]
+
+PLAN = "plan.json"
+
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("url", pa.string()),
+        ("status", pa.string()),
+        ("stage", pa.string()),
+        ("message", pa.string()),
+        ("bytes", pa.int64()),
+        ("seconds", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one input row ended: `stage` is the last one that saw it, `bytes` and `seconds` those of its download."""
+
+    row_id: str
+    url: str
+    status: Status
+    stage: Stage
+    message: str
+    bytes: int
+    seconds: float
+
+
+def write_ledger(path: str, entries: Sequence[Entry]) -> None:
+    """Write one shard's part of the ledger, atomically."""
+    table = pa.Table.from_pylist([asdict(entry) for entry in entries], schema=SCHEMA)
+    with storage.open_atomic(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_ledger(path: str) -> list[Entry]:
+    """The entries of one part, in the order of the manifest."""
+    with storage.open_read(path) as file:
+        return [Entry(**row) for row in pq.read_table(file, schema=SCHEMA).to_pylist()]
+
+
+def read_funnel(run_dir: str) -> Funnel:
+    """Counts by stream and status of the shards that are done, from their summaries alone.
+
+    The plan tells which shards belong to the present settings; a shard that is not done counts nothing.
+    """
+    data = storage.join(run_dir, "data")
+    return {
+        stream: sum((Counter(summary["status"]) for summary in read_done(data, stream, names)), Counter())
+        for stream, names in storage.read_json(storage.join(data, PLAN)).items()
+    }
+
+
+def read_done(data: str, stream: str, names: Sequence[str]) -> list[dict]:
+    """The summaries of those of the named shards that are done; `data` is the run's data folder."""
+    folder = storage.join(data, "done", stream)
+    done = set(storage.listing(folder, ".json"))
+    paths = [storage.join(folder, f"{name}.json") for name in names if f"{name}.json" in done]
+    return [json.loads(content) for content in storage.read_many(paths)]
+
+
+def funnel_text(funnel: Mapping[str, Mapping[str, int]]) -> str:
+    """The funnel as a table: one column a stream, rows in, each status that occurs, and the yield in per cent."""
+    streams = sorted(funnel, reverse=True)
+    lines = [("", *streams), ("rows in", *(f"{sum(funnel[stream].values()):,}" for stream in streams))]
+    for status in get_args(Status):
+        counts = [funnel[stream].get(status, 0) for stream in streams]
+        if any(counts) or status == "ok":
+            lines.append((f"  {status}", *(f"{count:,}" for count in counts)))
+    lines.append(("yield", *(f"{yield_percent(funnel[stream]):.1f} %" for stream in streams)))
+    return "\n".join(f"{label:<22}" + "".join(f"{cell:>14}" for cell in cells) for label, *cells in lines)
+
+
+def yield_percent(statuses: Mapping[str, int]) -> float:
+    """Rows with status ok in 100 rows; 0 for an empty stream."""
+    rows = sum(statuses.values())
+    return 100 * statuses.get("ok", 0) / rows if rows else 0.0

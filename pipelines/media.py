@@ -1,0 +1,206 @@
+"""Encoded bytes -> the frames that the model sees: a window chosen by presentation time, its middle square.
+
+Decoders run on files of strangers: formats are named, pixels are counted before anything is decoded, and
+whatever a decoder raises becomes one row's reason. f frames of y x x pixels, RGB.
+"""
+
+import io
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+import av
+import cv2
+import numpy as np
+from av import VideoFrame
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.ledger import Status
+
+# No playlists (hls, concat): they make the demuxer open other files and addresses.
+_VIDEOS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,flv,asf,gif"}
+_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+class MediaError(Exception):
+    """A file that gives no clip or picture, and the ledger's reason for it."""
+
+    def __init__(self, reason: Status, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames uint8 [f, y, x, 3], the frame rate of their source, and where in it the first one is wanted."""
+
+    frames: np.ndarray
+    source_fps: float
+    start_s: float
+
+
+def read_clip(
+    data: bytes | str,
+    frames: int,
+    fps: float,
+    size: int,
+    start: Literal["random", "middle"] = "random",
+    key: str = "",
+    max_pixels: int = 100_000_000,
+) -> Clip:
+    """Cut `frames` frames at `fps` out of a video, given as bytes or path, each a `size` x `size` middle square.
+
+    A frame is the one that a player shows at the wanted time, whatever the source's frame rate. The window is
+    uniform over all that fit and drawn from `key`, or the middle one. MediaError: not_media, corrupt, too_short,
+    too_many_pixels.
+    """
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    with _decoding(), av.open(source, mode="r", options=_VIDEOS) as container:
+        stream = _video_stream(container, max_pixels)
+        span = _span(container, stream)
+        slack_s = span.seconds - frames / fps
+        if slack_s < -1e-3:
+            _refuse_short(span, stream, frames / fps)
+        part = random.Random(key).random() if start == "random" else 0.5
+        start_s = part * max(slack_s, 0)
+        ticks = [span.first + math.floor((start_s + index / fps) / span.tick_s + 1e-6) for index in range(frames)]
+        squares = [_square(frame, size) for frame in _shown(container, stream, span, ticks)]
+        return Clip(np.stack(squares), float(stream.average_rate or 0), start_s)
+
+
+def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndarray:
+    """A picture as a clip of one frame, uint8 [1, size, size, 3]: its middle square, upright, on white.
+
+    MediaError: not_media, corrupt, too_many_pixels (by the header, before anything is decoded).
+    """
+    with _decoding():
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_PICTURES)
+        _check_pixels(image.width, image.height, max_pixels)
+        image.draft("RGB", (size * 3 // 2, size * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return _square(np.asarray(image.convert("RGB")), size)[None]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Presentation times of a stream's first and last frame and of its end, in ticks of `tick_s` seconds.
+
+    `origin` is the decoding time of its first packet, which is where to seek for the very beginning.
+    """
+
+    origin: int
+    first: int
+    last: int
+    end: int
+    tick_s: float
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.first) * self.tick_s
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Decoders raise whatever they like on broken files; each becomes the one row's reason."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaError("not_media", "no picture of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError("too_many_pixels", str(error)) from error
+    except Exception as error:
+        raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error
+
+
+def _video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
+    if not container.streams.video:
+        raise MediaError("not_media", f"no video in this {container.format.name} file")
+    stream = container.streams.video[0]
+    _check_pixels(stream.width, stream.height, max_pixels)
+    stream.codec_context.thread_count = 1  # frame threads cost more than they give; clips run side by side instead
+    return stream
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise MediaError("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels:,}")
+
+
+def _span(container: InputContainer, stream: VideoStream) -> _Span:
+    """From the packets, none decoded: headers may be silent or wrong about the length, and times may be uneven."""
+    tick_s = float(stream.time_base or 0)
+    spacing = round(1 / (float(stream.average_rate) * tick_s)) if stream.average_rate else 1
+    times, origins = [], []
+    end = 0
+    for packet in container.demux(stream):
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is not None and not packet.is_discard:
+            times.append(time)
+            origins.append(time if packet.dts is None else packet.dts)
+            end = max(end, time + (packet.duration or spacing))
+    if not times:
+        raise MediaError("corrupt", "a video stream without frames")
+    return _Span(min(origins), min(times), max(times), end, tick_s)
+
+
+def _refuse_short(span: _Span, stream: VideoStream, wanted_s: float) -> NoReturn:
+    announced_s = (stream.duration or 0) * span.tick_s
+    if announced_s >= wanted_s:
+        raise MediaError("corrupt", f"ends after {span.seconds:.2f} s of {announced_s:.2f} s")
+    raise MediaError("too_short", f"{span.seconds:.2f} s, shorter than {wanted_s:.2f} s")
+
+
+def _shown(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int]) -> Iterator[np.ndarray]:
+    """For each of the rising `ticks` the frame shown then, the last that is not later; only these are converted."""
+    position = 0
+    shown, shown_at = None, span.first
+    for time, frame in _decoded_from(container, stream, span, ticks[0]):
+        while shown is not None and time > ticks[position]:
+            yield _rgb(shown)
+            position += 1
+            if position == len(ticks):
+                return
+        shown, shown_at = frame, time
+    if shown is None or shown_at < span.last:
+        raise MediaError("corrupt", "decoding ends before the clip does")
+    for _ in ticks[position:]:
+        yield _rgb(shown)
+
+
+def _decoded_from(
+    container: InputContainer, stream: VideoStream, span: _Span, tick: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with their times, in order of presentation, from the keyframe before `tick` on."""
+    for target in (tick, span.origin):  # the second where there is no index and seeking is a guess
+        container.seek(target, stream=stream)
+        frames = ((frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
+        first = next(frames, None)
+        if first is not None and first[0] <= tick:
+            yield first
+            yield from frames
+            return
+
+
+def _rgb(frame: VideoFrame) -> np.ndarray:
+    if frame.is_corrupt:
+        raise MediaError("corrupt", f"the frame at {frame.time:.2f} s is damaged")
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of [y, x, 3], scaled to [size, size, 3]."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = np.ascontiguousarray(image[top : top + side, left : left + side])
+    return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)

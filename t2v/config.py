@@ -1,0 +1,142 @@
+"""What the model, its training and its sampling can be told; every default is the paper's (arXiv 2308.06571)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Stream = Literal["images", "videos"]
+
+
+@dataclass
+class UNetConfig:
+    """Shape of the spatio-temporal UNet; the defaults are the published 1.411 B parameters (paper 3.2, 4.1.2)."""
+
+    channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
+    layers_per_block: int = 2
+    head_dim: int = 64
+    text_dim: int = 1024
+    norm_groups: int = 32
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for width in self.block_out_channels:
+            for name, unit in (("norm_groups", self.norm_groups), ("head_dim", self.head_dim)):
+                if width % unit:
+                    raise ValueError(f"block_out_channels: {width} is no multiple of {name} ({unit})")
+
+
+@dataclass
+class TextConfig:
+    """The frozen text tower (paper 3.1): OpenCLIP ViT-H/14's text half, 23 of 24 layers and the final norm.
+
+    `weights` is the path of an open_clip checkpoint. With `weights: random` the tower keeps its random start,
+    drawn from `seed` and frozen: its token states still tell words and their order apart, which is all that
+    the miniature needs. `width`, `heads` and `layers` shape that tower alone; `architecture` shapes the other.
+    """
+
+    weights: str | None = None
+    architecture: str = "ViT-H-14"
+    skip_layers: int = 1
+    width: int = 1024
+    heads: int = 16
+    layers: int = 24
+    context: int = 77
+    seed: int = 0
+
+
+@dataclass
+class DiffusionConfig:
+    """Forward process and target (paper 3.1, eq. 5; betas: reference schedule `scaled_linear` of SD 2.1)."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout: {self.caption_dropout} is not in [0, 1)")
+        if not 0 < self.beta_start < self.beta_end < 1:
+            raise ValueError(f"beta_start, beta_end: {self.beta_start}, {self.beta_end} do not rise within (0, 1)")
+
+
+@dataclass
+class ModelConfig:
+    """The three networks of Fig. 2; `vae` is a diffusers AutoencoderKL folder."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: str | None = None
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass
+class MixConfig:
+    """Multi-frame training (paper 3.3). A step has `slots` equal shares of the gradient; one in `image_every`
+    of them trains on images, the others on videos. A slot holds `frames_per_slot` frames of either stream,
+    so that all do the same work, unless the two batch sizes are given outright.
+    """
+
+    slots: int = 80
+    image_every: int = 8
+    frames_per_slot: int = 320
+    images_per_step: int | None = None
+    videos_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.frames_per_slot < 1 or self.image_every < 2:
+            raise ValueError("slots and frames_per_slot must be at least 1, image_every at least 2")
+        if self.slots % self.image_every:
+            raise ValueError(f"slots: {self.slots} is no multiple of image_every ({self.image_every})")
+
+
+@dataclass
+class TrainConfig:
+    """Training (paper 4.1.3): 267 k steps of 1,400 videos are 373.8 M videos."""
+
+    workers: int = 80
+    gpus_per_worker: int = 1
+    cpus_per_worker: int = 8
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["bf16", "fp32"] = "bf16"
+    learning_rate: float = 5e-5
+    warmup_samples: int = 100_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_halflife_samples: float = 10_000_000
+    samples: int = 373_800_000
+    log_every_s: float = 30.0
+    checkpoint_every_samples: int = 2_000_000
+    keep_checkpoints: int = 3
+    sample_every_samples: int = 10_000_000
+    shuffle_rows: int = 10_000
+    mix: MixConfig = field(default_factory=MixConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "cpus_per_worker", "samples", "checkpoint_every_samples", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: {self.learning_rate} is not above 0")
+
+
+@dataclass
+class SampleConfig:
+    """Sampling (paper 4.1.2): DDIM, 50 steps, classifier-free guidance (9 in the public code)."""
+
+    sampler: Literal["ddim", "dpm++", "unipc"] = "ddim"
+    steps: int = 50
+    guidance: float = 9.0
+    frames: int = 16
+    seed: int = 0
+    batch: int = 8
+    fps: int = 8
+    workers: int = 8
+    gpus_per_worker: float = 1
+    cpus_per_worker: float = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"steps: {self.steps} is not in 1..1000")
+        if self.frames < 1 or self.batch < 1 or self.workers < 1:
+            raise ValueError("frames, batch and workers must be at least 1")

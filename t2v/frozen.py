@@ -1,0 +1,183 @@
+"""What is never trained: the VAE between pixels and latents, the text tower and the samplers' schedulers.
+
+b videos or prompts, n frames, c latent channels, f frames of a video, h w latent size, l tokens, d text width.
+"""
+
+from hashlib import blake2b, file_digest
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers.models import AutoencoderKL
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from t2v.config import DiffusionConfig, TextConfig
+
+Scheduler = DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
+
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Vae:
+    """A frozen AutoencoderKL that takes and gives frames as they are stored, some at a time to bound the memory.
+
+    `id` names the weights that made a latent; `scale` brings latents to unit variance before diffusion.
+    """
+
+    def __init__(self, model: AutoencoderKL, weights_id: str, chunk_frames: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.id = weights_id
+        self.scale = float(model.config["scaling_factor"])
+        self.chunk_frames = chunk_frames
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior, unscaled: training draws its latents from them (VGen does so).
+
+        uint8 [n, 8h, 8w, 3] -> two of float32 [n, c, h, w], on the VAE's device.
+        """
+        means, logvars = [], []
+        for chunk in frames.split(self.chunk_frames):
+            pixels = chunk.to(self.model.device).permute(0, 3, 1, 2) / 127.5 - 1
+            posterior = self.model.encode(pixels).latent_dist
+            means.append(posterior.mean)
+            logvars.append(posterior.logvar)
+        return torch.cat(means), torch.cat(logvars)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [b, c, f, h, w] -> uint8 frames [b, f, 8h, 8w, 3], on the VAE's device."""
+        z = latents.to(self.model.device, torch.float32).transpose(1, 2) / self.scale  # b f c h w
+        chunks = z.flatten(0, 1).split(self.chunk_frames)
+        frames = torch.cat([_to_uint8(self.model.decode(chunk).sample) for chunk in chunks])
+        return frames.unflatten(0, z.shape[:2])
+
+
+def _to_uint8(pixels: Tensor) -> Tensor:
+    """[-1, 1] in [n, 3, y, x] -> uint8 [n, y, x, 3].
+
+    Differs: rounds. The public code truncates, which darkens every frame by half a level on average.
+    """
+    return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load_vae(path: str | None, device: str | torch.device = "cpu", chunk_frames: int = 32) -> Vae:
+    """The VAE of a diffusers AutoencoderKL folder (config.json and safetensors weights), in float32.
+
+    ValueError or FileNotFoundError, naming the config key, where there is no such folder.
+    """
+    if path is None:
+        raise ValueError("model.vae is not set: give the path of a diffusers AutoencoderKL folder")
+    for name in ("config.json", VAE_WEIGHTS):
+        if not Path(path, name).is_file():
+            raise FileNotFoundError(f"model.vae: {path} is no diffusers AutoencoderKL folder, it has no {name}")
+    model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    with Path(path, VAE_WEIGHTS).open("rb") as file:
+        weights_id = file_digest(file, lambda: blake2b(digest_size=8)).hexdigest()
+    return Vae(model.to(device), weights_id, chunk_frames)
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text tower without its last layers, then its final norm (paper 3.1): one state a token, no projection.
+
+    As in the public implementation a token sees those before it, and padding (id 0) is not masked.
+    """
+
+    def __init__(self, tower: TextTransformer, skip_layers: int) -> None:
+        super().__init__()
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=tower.context_length)
+        self.token_embedding = tower.token_embedding
+        self.positional_embedding = tower.positional_embedding
+        self.blocks = tower.transformer.resblocks[: len(tower.transformer.resblocks) - skip_layers]
+        self.ln_final = tower.ln_final
+        self.register_buffer("attn_mask", tower.attn_mask, persistent=False)
+        self.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Width of a state, d."""
+        return self.token_embedding.embedding_dim
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts -> token ids, int64 [b, l], on the CPU; a prompt too long keeps its start and the end token."""
+        return self.tokenizer(prompts)
+
+    @torch.no_grad()  # not inference_mode: the UNet's backward pass has to keep the states
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [b, l] -> states [b, l, d]."""
+        states = self.token_embedding(tokens.to(self.positional_embedding.device)) + self.positional_embedding
+        for block in self.blocks:
+            states = block(states, attn_mask=self.attn_mask)
+        return self.ln_final(states)
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Prompts -> states [b, l, d]."""
+        return self(self.tokenize(prompts))
+
+
+def load_text(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
+    """The frozen text tower: an open_clip checkpoint's text half, or a small random tower.
+
+    With `weights: random` the start is drawn from `config.seed` and stays as it is. The UNet learns to read the
+    states through its cross-attention, so they need not mean anything before: distinct words only have to give
+    distinct states, which a random transformer does. It serves closed vocabularies such as the miniature's.
+
+    ValueError or FileNotFoundError, naming the config key, where there are no weights.
+    """
+    if config.weights is None:
+        raise ValueError("model.text.weights is not set: give the path of an open_clip checkpoint, or `random`")
+    if config.weights == "random":
+        tower = _random_tower(config)
+    else:
+        tower = _published_tower(config.architecture, config.weights)
+    if not 0 <= config.skip_layers < len(tower.transformer.resblocks):
+        raise ValueError(f"model.text.skip_layers: {config.skip_layers} of {len(tower.transformer.resblocks)} layers")
+    return TextEncoder(tower, config.skip_layers).to(device)
+
+
+def _random_tower(config: TextConfig) -> TextTransformer:
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(config.seed)
+        return TextTransformer(
+            config.context, width=config.width, heads=config.heads, layers=config.layers, output_dim=None
+        )
+
+
+def _published_tower(architecture: str, path: str) -> TextTransformer:
+    """The whole CLIP is read, by open_clip's own loader and without executing pickles; its image half is dropped."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model.text.weights: there is no file {path}")
+    model = open_clip.create_model(architecture, pretrained=path, weights_only=True)
+    return getattr(model, "text", model)  # newer architectures keep the text half apart
+
+
+def make_scheduler(config: DiffusionConfig, sampler: str, steps: int) -> Scheduler:
+    """A diffusers scheduler whose `timesteps` are set, noisiest first; ValueError where `steps` are too many.
+
+    DDIM is the public implementation's: 50 of 1000 steps are 981, 961, ..., 1 and the last one ends at the noise
+    level of t = 0. The others are what diffusers makes of its settings, so that an exported model behaves alike there.
+    """
+    scheduler: Scheduler = DDIMScheduler(
+        num_train_timesteps=config.timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+    if sampler == "dpm++":
+        scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    elif sampler == "unipc":
+        scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
+    elif sampler != "ddim":
+        raise ValueError(f"sampler: {sampler!r} is none of ddim, dpm++, unipc")
+    scheduler.set_timesteps(steps)
+    if scheduler.timesteps[0] >= config.timesteps:
+        raise ValueError(f"steps: {steps} are too many for {sampler} over {config.timesteps} timesteps")
+    return scheduler

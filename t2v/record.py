@@ -1,0 +1,100 @@
+"""What a job leaves in MLflow: parameters, metrics, tables and files of one run, continued when the job is rerun.
+
+MLFLOW_TRACKING_URI names any server; without it the runs are kept in SQLite beside what the job makes.
+"""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from t2v import storage
+
+EXPERIMENT = "t2v"
+log = logging.getLogger(__name__)
+
+
+def tracking_uri(run_dir: str) -> str:
+    """Where the runs of this folder are kept: MLFLOW_TRACKING_URI, else SQLite in the folder."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if not storage.is_local(run_dir):
+        raise ValueError(f"run_dir: {run_dir} is remote, where SQLite cannot live: set MLFLOW_TRACKING_URI to a server")
+    return f"sqlite:///{storage.local_path(run_dir)}/mlflow.db"
+
+
+class Record:
+    """One MLflow run for (`run_dir`, `job`), whatever the number of processes that add to it after each other.
+
+    A tracking server that fails is said once and never stops the job.
+    """
+
+    def __init__(self, run_dir: str, job: str, params: Mapping[str, Any]) -> None:
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self._client = mlflow.MlflowClient(tracking_uri(run_dir))
+        self._silenced = False
+        self._note = storage.join(run_dir, "config", f"{job}.mlflow.json")
+        self.run_id = ""
+        self._try(self._open, run_dir, job, {key: str(value)[:500] for key, value in _flat(params).items()})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Adds one point to each series; `step` counts samples."""
+        now = int(time.time() * 1000)
+        points = [Metric(key, float(value), now, step) for key, value in values.items()]
+        self._try(lambda: self._client.log_batch(self.run_id, metrics=points))
+
+    def table(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Keeps rows as a table (`name` ends in .json) that the run's page shows."""
+        columns = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
+        self._try(lambda: self._client.log_table(self.run_id, columns, name))
+
+    def file(self, path: str, folder: str = "") -> None:
+        """Keeps a local file."""
+        self._try(lambda: self._client.log_artifact(self.run_id, path, folder or None))
+
+    def text(self, text: str, name: str) -> None:
+        """Keeps a text as a file called `name`."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, name)
+            with open(path, "w") as file:
+                file.write(text)
+            self.file(path)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run as FINISHED, FAILED or KILLED; a rerun of the job opens it again."""
+        self._try(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _open(self, run_dir: str, job: str, params: dict[str, str]) -> None:
+        if storage.exists(self._note):
+            self.run_id = storage.read_json(self._note)["run_id"]
+            self._client.update_run(self.run_id, status="RUNNING")
+        else:
+            artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else f"{run_dir}/mlruns"
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
+            name = f"{job} {os.path.basename(run_dir.rstrip('/'))}"
+            self.run_id = self._client.create_run(experiment, run_name=name).info.run_id
+            storage.write_json(self._note, {"run_id": self.run_id})
+            self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in params.items()])
+
+    def _try(self, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except (MlflowException, OSError) as error:
+            if not self._silenced:
+                log.warning("MLflow does not answer, the job goes on without it: %s", str(error).splitlines()[0])
+            self._silenced = True
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,249 @@
+"""Latent shards: one Parquet schema for both streams, written by the preparation and read by the training feed.
+
+A row is a clip or a picture: the mean (and, if kept, the log-variance) of its VAE posterior, unscaled, as the
+plain bytes of an fp16 array. Uncompressed fixed-size binary reads seven times faster than Arrow's tensor type;
+row groups of about 100 rows are the unit of shuffled reading.
+
+n rows, c channels, f frames, h w latent size (pixels / 8).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from t2v import storage
+from t2v.config import Stream
+
+ROWS_PER_GROUP = 100
+INDEX = "index.json"
+_KEY = b"latents"
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """What every row of a shard has in common; stored in the schema's metadata.
+
+    `shape` is (c, f, h, w); `encoder` and `scale` tell the VAE and its latent scale (latent = scale * z);
+    `data_hash` stands for the settings that made the rows.
+    """
+
+    stream: Stream
+    shape: tuple[int, int, int, int]
+    encoder: str
+    scale: float
+    data_hash: str
+    dtype: str = "float16"
+
+    @property
+    def frames(self) -> int:
+        return self.shape[1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one mean or one log-variance."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as the training order needs it: where it is and how many rows each of its row groups has."""
+
+    path: str
+    row_groups: tuple[int, ...]
+    info: LatentInfo
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """An open shard; `read_rows` reads any of its row groups."""
+
+    path: str
+    parquet: pq.ParquetFile
+    info: LatentInfo
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard: mean and logvar are fp16 [n, c, f, h, w], read-only views of Arrow's buffers."""
+
+    row_id: list[str]
+    caption: list[str]
+    mean: np.ndarray
+    logvar: np.ndarray | None
+    fps: np.ndarray
+    start_s: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_id)
+
+
+def encoder_id(vae_folder: str | None) -> str:
+    """What names a VAE in shards: the digest of the weights in its diffusers folder.
+
+    ValueError or FileNotFoundError, naming the config key, where there is no such folder.
+    """
+    if vae_folder is None:
+        raise ValueError("model.vae is not set: give the path of a diffusers AutoencoderKL folder")
+    weights = storage.join(vae_folder, "diffusion_pytorch_model.safetensors")
+    if not storage.exists(weights):
+        raise FileNotFoundError(f"model.vae: {vae_folder} is no diffusers AutoencoderKL folder, it lacks {weights}")
+    return storage.digest(weights)
+
+
+def latent_schema(info: LatentInfo, keep_variance: bool) -> pa.Schema:
+    """The Parquet schema of a shard, its metadata included."""
+    latent = pa.binary(info.row_bytes)
+    fields = [pa.field("row_id", pa.string()), pa.field("caption", pa.string()), pa.field("mean", latent)]
+    if keep_variance:
+        fields.append(pa.field("logvar", latent))
+    fields += [pa.field("fps", pa.float32()), pa.field("start_s", pa.float32())]
+    return pa.schema(fields, metadata={_KEY: json.dumps(asdict(info) | {"frames": info.frames}, sort_keys=True)})
+
+
+def write_shard(
+    path: str,
+    info: LatentInfo,
+    row_id: Sequence[str],
+    caption: Sequence[str],
+    mean: np.ndarray,
+    logvar: np.ndarray | None,
+    fps: Sequence[float],
+    start_s: Sequence[float],
+    rows_per_group: int = ROWS_PER_GROUP,
+) -> Shard:
+    """Write one shard atomically; equal input gives equal bytes.
+
+    `mean` and `logvar` are fp16 [n, c, f, h, w]; `fps` and `start_s` tell the source's frame rate and where in
+    it the clip begins (0 for pictures). ValueError if an array's shape or type is not the one of `info`.
+    """
+    schema = latent_schema(info, keep_variance=logvar is not None)
+    columns = {"row_id": list(row_id), "caption": list(caption), "fps": list(fps), "start_s": list(start_s)}
+    columns["mean"] = _packed(path, "mean", mean, info, len(row_id))
+    if logvar is not None:
+        columns["logvar"] = _packed(path, "logvar", logvar, info, len(row_id))
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    with storage.open_atomic(path) as file:
+        # Neither dictionaries nor statistics: both would copy whole latents into places that nobody reads.
+        pq.write_table(
+            table, file, row_group_size=rows_per_group, compression="none", use_dictionary=False, write_statistics=False
+        )
+    full, rest = divmod(len(row_id), rows_per_group)
+    return Shard(path, (rows_per_group,) * full + ((rest,) if rest else ()), info)
+
+
+def open_shard(path: str) -> ShardFile:
+    """Open a shard and read its footer; ValueError names the file and the column or metadata that is wrong."""
+    try:
+        if storage.is_local(path):
+            parquet = pq.ParquetFile(storage.local_path(path), memory_map=True)
+        else:
+            parquet = pq.ParquetFile(storage.open_read(path), pre_buffer=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({error})") from error
+    return ShardFile(path, parquet, _checked_info(path, parquet.schema_arrow))
+
+
+def read_rows(shard: str | ShardFile, group: int) -> Rows:
+    """Read one row group, all columns; latents are views of Arrow's buffers and are not copied again."""
+    shard = open_shard(shard) if isinstance(shard, str) else shard
+    table = shard.parquet.read_row_group(group)
+    has_variance = "logvar" in table.column_names
+    return Rows(
+        row_id=table.column("row_id").to_pylist(),
+        caption=table.column("caption").to_pylist(),
+        mean=_unpacked(table.column("mean"), shard.info),
+        logvar=_unpacked(table.column("logvar"), shard.info) if has_variance else None,
+        fps=table.column("fps").to_numpy(),
+        start_s=table.column("start_s").to_numpy(),
+    )
+
+
+def list_shards(folder: str) -> list[Shard]:
+    """The shards of a stream that hold rows, sorted by name.
+
+    A folder that the preparation has finished has an index, which is one read however many shards there are
+    and leaves out shards of earlier settings; without it every footer is read. ValueError if the shards do not
+    belong together, FileNotFoundError if there are none.
+    """
+    if storage.exists(storage.join(folder, INDEX)):
+        shards = _from_index(folder)
+    else:
+        shards = [_from_footer(storage.join(folder, name)) for name in storage.listing(folder, ".parquet")]
+    shards = [shard for shard in shards if shard.rows]
+    if not shards:
+        raise FileNotFoundError(f"{folder}: no latent shards with rows; run jobs/prepare_data.py first")
+    for shard in shards[1:]:
+        if shard.info != shards[0].info:
+            raise ValueError(f"{shard.path} and {shards[0].path} were made with different settings or encoders")
+    return shards
+
+
+def write_index(folder: str, shards: Sequence[Shard]) -> None:
+    """Write the list of a folder's current shards, at least one, which `list_shards` then reads for all footers."""
+    groups = {shard.path.rsplit("/", 1)[-1]: shard.row_groups for shard in shards}
+    storage.write_json(storage.join(folder, INDEX), {"info": asdict(shards[0].info), "row_groups": groups})
+
+
+def info_from_json(value: dict) -> LatentInfo:
+    """LatentInfo as it was written to JSON."""
+    return LatentInfo(
+        stream=value["stream"],
+        shape=tuple(value["shape"]),
+        encoder=value["encoder"],
+        scale=value["scale"],
+        data_hash=value["data_hash"],
+        dtype=value["dtype"],
+    )
+
+
+def _from_index(folder: str) -> list[Shard]:
+    index = storage.read_json(storage.join(folder, INDEX))
+    info = info_from_json(index["info"])
+    return [
+        Shard(storage.join(folder, name), tuple(groups), info) for name, groups in sorted(index["row_groups"].items())
+    ]
+
+
+def _from_footer(path: str) -> Shard:
+    shard = open_shard(path)
+    footer = shard.parquet.metadata
+    groups = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    shard.parquet.close()
+    return Shard(path, groups, shard.info)
+
+
+def _checked_info(path: str, schema: pa.Schema) -> LatentInfo:
+    if _KEY not in (schema.metadata or {}):
+        raise ValueError(f"{path}: no metadata {_KEY.decode()!r}: this is no latent shard")
+    info = info_from_json(json.loads(schema.metadata[_KEY]))
+    wanted = latent_schema(info, keep_variance="logvar" in schema.names)
+    for field in wanted:
+        if field.name not in schema.names:
+            raise ValueError(f"{path}: column {field.name!r} is missing; columns are {', '.join(schema.names)}")
+        if schema.field(field.name).type != field.type:
+            found = schema.field(field.name).type
+            raise ValueError(f"{path}: column {field.name!r} is {found}, but shape {info.shape} needs {field.type}")
+    return info
+
+
+def _packed(path: str, name: str, latent: np.ndarray, info: LatentInfo, rows: int) -> pa.Array:
+    if latent.shape != (rows, *info.shape) or latent.dtype != np.dtype(info.dtype):
+        wanted = f"{info.dtype} {(rows, *info.shape)}"
+        raise ValueError(f"{path}: {name} is {latent.dtype} {latent.shape}, but the shard needs {wanted}")
+    buffer = pa.py_buffer(np.ascontiguousarray(latent))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(info.row_bytes), rows, [None, buffer])
+
+
+def _unpacked(column: pa.ChunkedArray, info: LatentInfo) -> np.ndarray:
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    values = len(array) * int(np.prod(info.shape))
+    flat = np.frombuffer(array.buffers()[1], info.dtype, count=values, offset=array.offset * info.row_bytes)
+    return flat.reshape(len(array), *info.shape)

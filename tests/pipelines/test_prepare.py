@@ -1,0 +1,176 @@
+import csv
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
+from pipelines.ledger import funnel_text, read_funnel, read_ledger
+from pipelines.media import read_clip, read_image
+from pipelines.prepare import prepare
+from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
+from t2v import shards, storage
+
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    run_dir: Path
+    data: DataConfig
+    vae: str
+    captions: dict[str, dict[str, str]]  # by stream and URL
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A VAE of the real class with random weights."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    folder = str(tmp_path_factory.mktemp("vae"))
+    AutoencoderKL(block_out_channels=[8, 8, 8, 8], norm_num_groups=4, **blocks).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_session, corpus, vae, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    with (corpus.folder / "webvid.csv").open(newline="") as file:
+        videos = list(csv.DictReader(file))
+    videos.insert(5, dict.fromkeys(videos[0], "") | {"name": "a clip that nobody has"})
+    with (run_dir / "webvid.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, videos[0].keys())
+        writer.writeheader()
+        writer.writerows(videos)
+    images = pq.read_table(corpus.folder / "laion.parquet").to_pylist()
+    data = DataConfig(
+        size=32,
+        videos=StreamConfig(str(run_dir / "webvid.csv"), "webvid", shard_rows=16),
+        images=StreamConfig(str(corpus.folder / "laion.parquet"), "laion2b-en", shard_rows=40),
+        fetch=FetchConfig(timeout_s=2, retries=1, allow_networks=["127.0.0.0/8"]),
+        encode=EncodeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=1),
+    )
+    prepare(str(run_dir), data, vae, SEED)
+    captions = {
+        "videos": {row["contentUrl"]: row["name"] for row in videos},
+        "images": {row["URL"]: row["TEXT"] for row in images},
+    }
+    return Prepared(run_dir, data, vae, captions)
+
+
+def ledger(prepared, stream):
+    folder = prepared.run_dir / "data/ledger" / stream
+    return [entry for path in sorted(folder.iterdir()) for entry in read_ledger(str(path))]
+
+
+def latents(prepared, stream):
+    """Every row in the shards by row_id, as (shard's info, group of rows, index in the group)."""
+    folder = str(prepared.run_dir / "data/latents" / stream)
+    found = {}
+    for shard in shards.list_shards(folder):
+        for number in range(len(shard.row_groups)):
+            rows = shards.read_rows(shard.path, number)
+            found |= {row_id: (shard.info, rows, index) for index, row_id in enumerate(rows.row_id)}
+    return found
+
+
+@pytest.mark.parametrize(("stream", "faults"), [("videos", VIDEO_FAULTS), ("images", IMAGE_FAULTS)])
+def test_every_row_ends_with_its_own_reason(prepared, stream, faults):
+    entries = ledger(prepared, stream)
+    assert [entry.url for entry in entries] == list(prepared.captions[stream])
+    for entry in entries:
+        _, is_fault, name = urlsplit(entry.url).path.partition("/faults/")
+        expected = faults[name] if is_fault else "ok" if entry.url else "no_url"
+        assert entry.status == expected, entry
+        assert bool(entry.message) == (expected != "ok")
+    assert sum(entry.status == "ok" for entry in entries) > 40
+
+
+@pytest.mark.parametrize(("stream", "frames"), [("videos", 16), ("images", 1)])
+def test_the_latents_are_those_of_the_rows_that_are_ok(prepared, corpus, stream, frames):
+    import torch
+
+    from t2v.frozen import load_vae
+
+    encoder = load_vae(prepared.vae)
+    entries = [entry for entry in ledger(prepared, stream) if entry.status == "ok"]
+    found = latents(prepared, stream)
+    assert sorted(found) == sorted(entry.row_id for entry in entries)
+    for entry in entries[::15]:
+        info, rows, index = found[entry.row_id]
+        assert (info.stream, info.shape, info.encoder) == (stream, (4, frames, 4, 4), encoder.id)
+        assert rows.caption[index] == prepared.captions[stream][entry.url]
+        if "/faults/" in entry.url:
+            continue
+        data = (corpus.folder / urlsplit(entry.url).path[1:]).read_bytes()
+        if stream == "videos":
+            clip = read_clip(data, 16, 3.0, 32, key=f"{SEED}/{entry.row_id}")
+            pixels = clip.frames
+            assert (rows.fps[index], rows.start_s[index]) == (clip.source_fps, np.float32(clip.start_s))
+        else:
+            pixels = read_image(data, 32)
+        for stored, expected in zip((rows.mean, rows.logvar), encoder.encode(torch.from_numpy(pixels)), strict=True):
+            np.testing.assert_allclose(stored[index], expected.transpose(0, 1).numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_the_funnel_adds_up(prepared):
+    funnel = read_funnel(str(prepared.run_dir))
+    written = storage.read_json(str(prepared.run_dir / "data/funnel.json"))
+    for stream, rows in prepared.captions.items():
+        assert funnel[stream].total() == len(rows) == written[stream]["rows"]
+        assert dict(funnel[stream]) == written[stream]["status"]
+        assert written[stream]["yield_percent"] == pytest.approx(100 * funnel[stream]["ok"] / len(rows))
+    text = funnel_text({"videos": {"ok": 3, "http_404": 1}, "images": {"ok": 1_200}})
+    assert [line.split() for line in text.splitlines()] == [
+        ["videos", "images"],
+        ["rows", "in", "4", "1,200"],
+        ["ok", "3", "1,200"],
+        ["http_404", "1", "0"],
+        ["yield", "75.0", "%", "100.0", "%"],
+    ]
+
+
+def written(prepared):
+    folders = ("latents/videos", "latents/images", "ledger/videos", "ledger/images", "done/videos", "done/images")
+    paths = [path for name in folders for path in (prepared.run_dir / "data" / name).glob("0*")]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def test_a_second_run_does_nothing(prepared):
+    before, begun = written(prepared), time.monotonic()
+    prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED)
+    assert time.monotonic() - begun < 2
+    assert written(prepared) == before
+
+
+def test_a_missing_summary_has_its_shard_made_again_alike_and_no_other(prepared):
+    before = written(prepared)
+    done = min(path for path in before if "done/videos" in str(path))
+    shard = prepared.run_dir / "data/latents/videos" / f"{done.stem}.parquet"
+    content = shard.read_bytes()
+    done.unlink()
+    prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED)
+    after = written(prepared)
+    assert after.keys() == before.keys()
+    assert {path.stem for path in after if after[path] != before[path]} == {done.stem}
+    assert shard.read_bytes() == content
+
+
+def test_what_cannot_work_is_said_before_anything_is_spent(prepared, tmp_path):
+    data, run_dir = prepared.data, str(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"model\.vae: .*none"):
+        prepare(run_dir, data, str(tmp_path / "none"), SEED)
+    with pytest.raises(ValueError, match="both unset"):
+        prepare(run_dir, replace(data, videos=StreamConfig(), images=StreamConfig()), prepared.vae, SEED)
+    with pytest.raises(ValueError, match=r"webvid\.csv: no column URL, TEXT"):
+        prepare(run_dir, replace(data, images=replace(data.videos, columns="laion2b-en")), prepared.vae, SEED)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        prepare(str(tmp_path / "file"), data, prepared.vae, SEED)

@@ -1,0 +1,216 @@
+"""The frozen parts against the libraries they wrap, and the miniature's VAE against its promise."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from pipelines.nano_frames import draw_shapes
+from pipelines.nano_vae import psnr_db
+from t2v.config import DiffusionConfig, TextConfig
+from t2v.frozen import VAE_WEIGHTS, Vae, load_text, load_vae, make_scheduler
+
+NANO_VAE = Path(__file__).parents[2] / "t2v/assets/nano_vae"
+TINY_TEXT = TextConfig(weights="random", width=32, heads=2, layers=3, skip_layers=1)
+PROMPTS = ["a red circle moves left", "a red circle moves right", ""]
+
+
+@pytest.fixture(scope="module")
+def vae() -> Vae:
+    return load_vae(str(NANO_VAE), chunk_frames=5)
+
+
+@pytest.fixture(scope="module")
+def frames() -> torch.Tensor:
+    return torch.from_numpy(draw_shapes(16, seed=1234))
+
+
+def test_encode_and_decode_are_the_diffusers_network(vae: Vae, frames: torch.Tensor) -> None:
+    mean, logvar = vae.encode(frames)
+    direct = AutoencoderKL.from_pretrained(NANO_VAE, torch_dtype=torch.float32)
+    pixels = frames.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+    with torch.no_grad():
+        posterior = direct.encode(pixels).latent_dist
+        seen = (direct.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert mean.shape == (16, 4, 8, 8) and mean.dtype == torch.float32
+    torch.testing.assert_close(mean, posterior.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logvar, posterior.logvar, atol=1e-5, rtol=0)
+    decoded = vae.decode(mean.view(2, 8, 4, 8, 8).transpose(1, 2) * vae.scale)
+    assert decoded.shape == (2, 8, 64, 64, 3) and decoded.dtype == torch.uint8
+    # Half a level of rounding, and a little more where arithmetic differs on the edge of one.
+    assert (decoded.flatten(0, 1) / 255 - seen).abs().max() <= 0.501 / 255
+
+
+def test_nano_vae_is_small_sharp_and_of_unit_variance(vae: Vae, frames: torch.Tensor) -> None:
+    assert (NANO_VAE / VAE_WEIGHTS).stat().st_size <= 4e6
+    assert psnr_db(vae, frames) >= 30
+    assert 0.8 < (vae.encode(frames)[0] * vae.scale).std() < 1.2
+
+
+def test_vae_id_names_the_weights(vae: Vae, tmp_path: Path) -> None:
+    for name in ("config.json", VAE_WEIGHTS):
+        (tmp_path / name).write_bytes((NANO_VAE / name).read_bytes())
+    assert load_vae(str(tmp_path)).id == vae.id
+    changed = AutoencoderKL.from_pretrained(tmp_path)
+    changed.decoder.conv_out.bias.data += 1
+    changed.save_pretrained(tmp_path)
+    assert load_vae(str(tmp_path)).id != vae.id
+
+
+def test_a_missing_vae_names_its_config_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model.vae"):
+        load_vae(None)
+    with pytest.raises(FileNotFoundError, match="model.vae.*config.json"):
+        load_vae(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(FileNotFoundError, match="model.vae.*safetensors"):
+        load_vae(str(tmp_path))
+
+
+def test_tokens_are_clips_padded_with_zero() -> None:
+    text = load_text(TINY_TEXT)
+    tokens = text.tokenize(PROMPTS + ["word " * 100])
+    assert tokens.shape == (4, 77) and tokens.dtype == torch.int64
+    assert torch.equal(tokens, open_clip.tokenize(PROMPTS + ["word " * 100]))
+    assert tokens[2].tolist() == [49406, 49407] + [0] * 75
+    assert tokens[3, -1] == 49407
+
+
+def test_random_tower_depends_on_its_seed_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = load_text(TINY_TEXT).encode(PROMPTS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert torch.equal(load_text(TINY_TEXT).encode(PROMPTS), first)
+    other = TextConfig(weights="random", width=32, heads=2, layers=3, seed=1)
+    assert not torch.allclose(load_text(other).encode(PROMPTS), first, atol=0.1)
+
+
+def test_every_word_and_their_order_change_the_states() -> None:
+    text = load_text(TINY_TEXT)
+    states = text.encode(["red circle blue square", "blue circle red square", "red circle blue star"])
+    assert states.shape == (3, 77, text.width) and not states.requires_grad
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (states[one] - states[other]).abs().mean() > 0.01
+
+
+def test_states_train_what_reads_them() -> None:
+    reader = torch.nn.Linear(32, 1)
+    reader(load_text(TINY_TEXT).encode(PROMPTS)).sum().backward()
+    assert reader.weight.grad.abs().sum() > 0
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small CLIP, written as open_clip's own training writes it."""
+    folder = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
+    words = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    (folder / "tiny-clip.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": words}))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    torch.manual_seed(3)
+    torch.save({"state_dict": open_clip.create_model("tiny-clip").state_dict()}, folder / "clip.pt")
+    return folder / "clip.pt"
+
+
+def test_published_tower_equals_open_clip_cut_before_its_last_layer(clip_file: Path) -> None:
+    text = load_text(TextConfig(weights=str(clip_file), architecture="tiny-clip"))
+    clip = open_clip.create_model("tiny-clip", pretrained=str(clip_file))
+    tokens = open_clip.tokenize(PROMPTS)
+    clip.transformer.resblocks = clip.transformer.resblocks[:-1]
+    with torch.no_grad():
+        embedded = clip.token_embedding(tokens) + clip.positional_embedding
+        expected = clip.ln_final(clip.transformer(embedded, attn_mask=clip.attn_mask))
+    assert torch.equal(text.encode(PROMPTS), expected)
+
+
+def test_published_tower_equals_transformers(clip_file: Path) -> None:
+    """diffusers runs the same weights as a CLIPTextModel with one layer less and no attention mask."""
+    text = load_text(TextConfig(weights=str(clip_file), architecture="tiny-clip"))
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77, hidden_act="gelu", eos_token_id=49407,
+    )  # fmt: skip
+    reference = CLIPTextModel(config).eval()
+    reference.load_state_dict(_in_transformers_names(text.state_dict()), strict=True)
+    tokens = text.tokenize(PROMPTS)
+    with torch.no_grad():
+        torch.testing.assert_close(text(tokens), reference(tokens).last_hidden_state, atol=1e-5, rtol=0)
+
+
+def _in_transformers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        for ours, theirs in (
+            ("positional_embedding", "embeddings.position_embedding.weight"),
+            ("token_embedding", "embeddings.token_embedding"),
+            ("blocks", "encoder.layers"),
+            ("ln_final", "final_layer_norm"),
+            ("attn.out_proj", "self_attn.out_proj"),
+            ("ln_1", "layer_norm1"),
+            ("ln_2", "layer_norm2"),
+            ("mlp.c_fc", "mlp.fc1"),
+            ("mlp.c_proj", "mlp.fc2"),
+        ):
+            name = name.replace(ours, theirs)
+        if "attn.in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                renamed[name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def test_skipping_every_layer_or_missing_weights_is_an_error() -> None:
+    with pytest.raises(ValueError, match="model.text.weights is not set"):
+        load_text(TextConfig())
+    with pytest.raises(FileNotFoundError, match="model.text.weights.*nowhere.pt"):
+        load_text(TextConfig(weights="nowhere.pt"))
+    with pytest.raises(ValueError, match="model.text.skip_layers: 3 of 3"):
+        load_text(TextConfig(weights="random", width=32, heads=2, layers=3, skip_layers=3))
+
+
+def test_ddim_is_the_public_samplers() -> None:
+    """reference: modelscope's ddim_sample, float64 tables, stride 20, the last step to t = 0."""
+    scheduler = make_scheduler(DiffusionConfig(), "ddim", 50)
+    assert scheduler.timesteps.tolist() == list(range(981, 0, -20))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 8, 8, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    for t, before in ((981, 961), (1, 0)):
+        start = (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
+        expected = alphas[before].sqrt() * start + (1 - alphas[before]).sqrt() * noise
+        stepped = scheduler.step(noise, t, x).prev_sample
+        torch.testing.assert_close(stepped, expected.float(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "unipc"])
+def test_every_sampler_finds_the_picture_that_its_noise_predictor_knows(sampler: str) -> None:
+    scheduler = make_scheduler(DiffusionConfig(), sampler, 20)
+    picture = torch.linspace(-1, 1, 16).view(1, 4, 1, 2, 2)
+    x = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps:
+        alpha = scheduler.alphas_cumprod[t]
+        x = scheduler.step((x - alpha.sqrt() * picture) / (1 - alpha).sqrt(), t, x).prev_sample
+    torch.testing.assert_close(x, picture, atol=0.1, rtol=0)
+
+
+def test_dpm_is_what_diffusers_makes_of_the_exported_scheduler() -> None:
+    ours = make_scheduler(DiffusionConfig(), "dpm++", 25)
+    theirs = DPMSolverMultistepScheduler.from_config(make_scheduler(DiffusionConfig(), "ddim", 25).config)
+    theirs.set_timesteps(25)
+    assert ours.config == theirs.config and ours.config.algorithm_type == "dpmsolver++"
+
+
+def test_schedulers_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="sampler: 'euler'"):
+        make_scheduler(DiffusionConfig(), "euler", 50)
+    with pytest.raises(ValueError, match="steps: 1000 are too many"):
+        make_scheduler(DiffusionConfig(), "ddim", 1000)

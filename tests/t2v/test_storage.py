@@ -1,0 +1,69 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from t2v import storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    return str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run"
+
+
+def test_a_file_appears_whole_or_not_at_all(folder):
+    path = storage.join(folder, "a", "b.json")
+    with pytest.raises(RuntimeError), storage.open_atomic(path) as file:
+        file.write(b"half of it")
+        raise RuntimeError
+    assert not storage.exists(path)
+    storage.write_json(path, {"n": 1})
+    with pytest.raises(RuntimeError), storage.open_atomic(path) as file:
+        file.write(b"half of it")
+        raise RuntimeError
+    assert storage.read_json(path) == {"n": 1}
+    assert storage.listing(storage.join(folder, "a")) == ["b.json"]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = str(tmp_path / "value.json")
+    storage.write_json(path, 1)
+    script = (
+        "import os, signal, sys; from t2v import storage\n"
+        "with storage.open_atomic(sys.argv[1]) as file:\n"
+        "    file.write(b'2'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert storage.read_json(path) == 1
+    assert storage.listing(str(tmp_path)) == ["value.json"]  # what the writer left is not taken for a file
+
+
+def test_listing_and_reading_many(folder):
+    assert storage.listing(folder) == []
+    for name in ("b.json", "a.json", "c.txt"):
+        storage.write_json(storage.join(folder, name), name)
+    assert storage.listing(folder, ".json") == ["a.json", "b.json"]
+    paths = [storage.join(folder, name) for name in ("b.json", "a.json")]
+    assert storage.read_many(paths) == [b'"b.json"\n', b'"a.json"\n']
+    assert storage.read_many(paths[:1]) == [b'"b.json"\n']
+    assert storage.read_many([]) == []
+
+
+def test_fingerprint_changes_with_the_file_and_digest_with_its_content(folder):
+    path = storage.join(folder, "a.json")
+    storage.write_json(path, 1)
+    fingerprint, digest = storage.fingerprint(path), storage.digest(path)
+    assert (storage.fingerprint(path), storage.digest(path)) == (fingerprint, digest)
+    storage.write_json(path, 22)
+    assert storage.fingerprint(path) != fingerprint
+    assert storage.digest(path) != digest
+    storage.write_json(path, 1)
+    assert storage.digest(path) == digest
+
+
+def test_a_broken_json_file_is_named(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json"):
+        storage.read_json(str(tmp_path / "broken.json"))

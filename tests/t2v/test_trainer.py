@@ -1,0 +1,125 @@
+"""Training without Ray: resumed equals uninterrupted, one rank equals two, and what does not fit is refused."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from t2v import shards, storage
+from t2v.config import MixConfig, TrainConfig
+from t2v.export import read_unet
+from t2v.shards import LatentInfo, write_shard
+from t2v.trainer import ema_decay, learning_rate
+from tests.t2v.train_ranks import STEP_SAMPLES, job
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a VAE and latents of both streams, as the preparation leaves them."""
+    folder = tmp_path_factory.mktemp("data")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
+    rng = np.random.default_rng(0)
+    for stream, frames in (("images", 1), ("videos", 2)):
+        info = LatentInfo(stream, (4, frames, 4, 4), shards.encoder_id(str(folder / "vae")), 1.0, "settings")
+        for index in range(3):
+            mean = rng.normal(size=(10, *info.shape)).astype(np.float16)
+            names = [f"{stream} {index} {row}" for row in range(10)]
+            path = str(folder / "data/latents" / stream / f"{index}.parquet")
+            write_shard(path, info, names, names, mean, mean - 3, [3.0] * 10, [0.0] * 10, rows_per_group=5)
+    return folder
+
+
+def train(data: Path, folder: Path, ranks: int) -> None:
+    """Runs tests/t2v/train_ranks.py on so many ranks."""
+    for name in ("straight", "resumed"):
+        shutil.copytree(data, folder / name)
+    port = 29500 + ranks
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    done = subprocess.run(
+        [*command, "-m", "tests.t2v.train_ranks", str(folder)], cwd=PROJECT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    train(data, folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    train(data, folder, 1)
+    return folder
+
+
+def losses(run_dir: Path) -> list[tuple[float, float]]:
+    return [(line["loss_images"], line["loss_videos"]) for line in storage.read_lines(f"{run_dir}/train/log.jsonl")]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "train/model/unet/diffusion_pytorch_model.safetensors")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(two_ranks: Path) -> None:
+    assert losses(two_ranks / "resumed") == losses(two_ranks / "straight")[3:]
+    straight, resumed = weights(two_ranks / "straight"), weights(two_ranks / "resumed")
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
+
+
+def test_one_rank_equals_two(one_rank: Path, two_ranks: Path) -> None:
+    np.testing.assert_allclose(losses(one_rank / "straight"), losses(two_ranks / "straight"), rtol=1e-4)
+    one, two = weights(one_rank / "straight"), weights(two_ranks / "straight")
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
+
+
+def test_training_moves_every_weight_and_exports_the_average(two_ranks: Path) -> None:
+    start = two_ranks / "straight" / f"checkpoint-{3 * STEP_SAMPLES}"
+    assert sorted(path.name for path in start.glob("ema_*.pt")) == ["ema_0.pt", "ema_1.pt"]
+    torch.manual_seed(0)
+    fresh = type(read_unet(str(two_ranks / "straight/train/model")))(job("", 2).model.unet).state_dict()
+    still = [name for name, weight in weights(two_ranks / "straight").items() if torch.equal(weight, fresh[name])]
+    assert not still
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(two_ranks: Path) -> None:
+    from t2v.engine import check_ranks
+
+    folder = str(two_ranks / "straight" / f"checkpoint-{3 * STEP_SAMPLES}")
+    check_ranks(folder, 2)
+    with pytest.raises(ValueError, match="written by 2 ranks and cannot continue on 3; set train.workers to 2"):
+        check_ranks(folder, 3)
+
+
+def test_what_does_not_fit_is_refused_before_training(data: Path) -> None:
+    good = job(str(data), 2)
+    assert {stream: len(found) for stream, found in good.inventory().items()} == {"images": 3, "videos": 3}
+    with pytest.raises(ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(4, 1, 8, 8\)"):
+        replace(good, size=64).inventory()
+    with pytest.raises(ValueError, match="3 ranks cannot share 4 slots"):
+        replace(good, train=replace(good.train, workers=3)).inventory()
+    with pytest.raises(FileNotFoundError, match="run jobs/prepare_data.py first"):
+        replace(good, run_dir=str(data / "elsewhere")).inventory()
+    (data / "other").mkdir()
+    (data / "other/diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="shards were encoded by VAE"):
+        replace(good, model=replace(good.model, vae=str(data / "other"))).inventory()
+
+
+def test_learning_rate_and_decay_count_samples() -> None:
+    config = TrainConfig(learning_rate=1e-3, warmup_samples=100, ema_halflife_samples=1000, mix=MixConfig())
+    assert [learning_rate(config, samples) for samples in (50, 100, 10_000)] == [5e-4, 1e-3, 1e-3]
+    assert ema_decay(config, 1_000_000, 1000) == 0.5
+    assert ema_decay(config, 2000, 100) == 0.5  # a young run's half-life is 5 % of its age
