@@ -1,6 +1,7 @@
 """Geometry of the report's line charts: points in the data's units become paths and ticks in percent of the plot.
 
-The page draws the paths in a stretched SVG and sets the words beside it as HTML, so that text keeps its size on a phone.
+The page draws the paths in a stretched SVG and sets the words beside it as HTML, so that text keeps its size on any
+screen.
 """
 
 import math
@@ -18,7 +19,7 @@ LABEL_GAP = 9.0  # percent of the plot's height that one line of text takes
 
 @dataclass
 class Curve:
-    """One line as SVG path data, `raw` as logged and `smooth`; first and last of the smooth one, and where to write it."""
+    """One line as SVG path data, as logged (`raw`) and its running mean (`smooth`), with the latter's ends."""
 
     name: str
     raw: str
@@ -61,8 +62,10 @@ def chart(series: dict[str, Logged], log: bool = False) -> Chart | None:
         curves.append(Curve(name, _path(points, place), _path(mean, place), first, last, place(right, last)[1]))
     _spread(curves)
     x_ticks = [(place(x, high)[0], compact(x)) for x in even_ticks(left, right, 5)]
-    y_values = halving_ticks(low, high) if log else even_ticks(low, high, 4)
-    return Chart(curves, x_ticks, [(place(left, y)[1], f"{y:g}") for y in y_values])
+    y_ticks = halving_ticks(low, high) if log else []
+    if len(y_ticks) < 3:  # a linear axis, or a range within one power of ten
+        y_ticks = even_ticks(low, high, 4)
+    return Chart(curves, x_ticks, [(place(left, y)[1], f"{y:g}") for y in y_ticks])
 
 
 def thinned(points: Points) -> Points:

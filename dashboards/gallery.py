@@ -51,7 +51,7 @@ def evenly(rows: Sequence[Any], at_most: int) -> list[Any]:
 
 
 class RealClips:
-    """The test clips of a run, prepared as the model saw its training clips; each is decoded once, when it is needed."""
+    """The test clips of a run, prepared as the model saw its training clips, each decoded once and only if needed."""
 
     def __init__(self, run_dir: str, inputs: dict[str, Any]) -> None:
         own = storage.join(run_dir, "corpus", "test.csv")

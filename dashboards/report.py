@@ -134,10 +134,9 @@ def facts(config: str) -> list[tuple[str, str]]:
 def figures(funnel: dict[str, Any], loss: Chart | None, scores: dict[str, Any]) -> list[tuple[str, str]]:
     """The few numbers that say the most, each with what it counts."""
     found = []
-    rows = {row["of"]: row for row in reversed(scores.get("shapes", [])) if row["against"] in ("captions", "chance")}
-    if "generated" in rows:
-        row = rows["generated"]
-        found.append((share(row["all"]), f"of {row['clips']} generated clips show all that their captions say"))
+    for row in scores.get("shapes", []):
+        if (row["of"], row["against"]) == ("generated", "captions"):
+            found.append((share(row["all"]), f"of {row['clips']} generated clips show all that their captions say"))
     for curve in loss.curves if loss else []:
         found.append((short(curve.last), f"loss of {curve.name}, from {short(curve.first)}"))
     if total := sum(stream["rows"] for stream in funnel.values()):
@@ -173,7 +172,7 @@ def share(value: float) -> str:
 
 def short(value: float) -> str:
     """A number in two or three digits that count."""
-    return f"{value:.2g}" if abs(value) < 1 else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.2g}" if abs(value) < 1 else f"{value:#.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -6,13 +6,9 @@ It is a Ray task of its own, so that no rank waits for it; it runs when a worker
 import os
 import tempfile
 
-import cv2
 import numpy as np
 import ray
 
-from pipelines.prompts import Prompt
-from pipelines.sampling import Sampler, model_id
-from t2v.record import Record
 from t2v.trainer import TrainJob
 
 
@@ -25,6 +21,12 @@ def start_preview(job: TrainJob, prompts: list[str], samples: int) -> None:
 
 @ray.remote(max_retries=0)
 def _preview(job: TrainJob, prompts: list[str], samples: int) -> None:
+    import cv2
+
+    from pipelines.prompts import Prompt
+    from pipelines.sampling import Sampler, model_id
+    from t2v.record import Record
+
     sampler = Sampler("", job.model_folder, model_id(job.model_folder), job.sample, job.size)
     clips = sampler.sample([Prompt(prompt, job.sample.seed + index) for index, prompt in enumerate(prompts)])
     with tempfile.TemporaryDirectory() as folder:

@@ -76,7 +76,7 @@ def _objects(path: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")  # noqa: TRY004
+            raise ValueError(f"{path}, line {number}: not a JSON object")
         yield value
 
 

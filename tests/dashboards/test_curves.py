@@ -45,6 +45,11 @@ def test_a_long_log_is_drawn_by_means_of_neighbours() -> None:
     assert thinned(line[:MOST_POINTS]) == line[:MOST_POINTS]
 
 
+def test_a_narrow_logarithmic_axis_has_ticks_too() -> None:
+    drawn = chart({"videos": [(0, 1.0), (1, 0.75)]}, log=True)
+    assert [label for _, label in drawn.y_ticks] == ["0.7", "0.8", "0.9", "1"]
+
+
 def test_running_mean_keeps_a_line_and_calms_noise() -> None:
     line = [(float(x), 2.0) for x in range(40)]
     assert running_mean(line) == line

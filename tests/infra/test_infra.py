@@ -1,4 +1,4 @@
-"""What can be known of the cluster files without a cluster: they parse, name real flags, hold no secret, open no port."""
+"""What can be known of the cluster files without a cluster: they parse, name real flags, hold no secrets."""
 
 import re
 import subprocess

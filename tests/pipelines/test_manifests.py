@@ -91,13 +91,13 @@ def test_bad_maps_and_files(tmp_path):
         column_map("webvit")
     with pytest.raises(ValueError, match="neither"):
         column_map("url=a,caption=b,colour=c")
-    with pytest.raises(ValueError, match="m.xlsx: a manifest is a .csv"):
+    with pytest.raises(ValueError, match=r"m\.xlsx: a manifest is a .csv"):
         read_manifest(str(tmp_path / "m.xlsx"), "generic")
     (tmp_path / "m.csv").write_text("url,caption\na,b\na,b,c\n")
-    with pytest.raises(ValueError, match="m.csv: CSV parse error: Row #3: Expected 2 columns, got 3"):
+    with pytest.raises(ValueError, match=r"m\.csv: CSV parse error: Row #3: Expected 2 columns, got 3"):
         rows_of(str(tmp_path / "m.csv"), "generic")
     (tmp_path / "m.parquet").write_bytes(b"no Parquet")
-    with pytest.raises(ValueError, match="m.parquet"):
+    with pytest.raises(ValueError, match=r"m\.parquet"):
         read_manifest(str(tmp_path / "m.parquet"), "generic")
 
 
@@ -117,16 +117,16 @@ def test_an_unchanged_manifest_is_not_written_again_and_a_changed_one_is(tmp_pat
     written = storage.fingerprint(path)
     assert normalise(str(source), "generic", 2, path) == first
     assert storage.fingerprint(path) == written
-    changed = normalise(write(source, ROWS[:3] + [ROWS[3] | {"caption": "another"}]), "generic", 2, path)
+    changed = normalise(write(source, [*ROWS[:3], ROWS[3] | {"caption": "another"}]), "generic", 2, path)
     assert changed.shards[0] == first.shards[0]
     assert changed.shards[1] != first.shards[1]
     assert len(normalise(str(source), "generic", 4, path).shards) == 1
 
 
 def test_no_manifest_and_no_rows(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.csv"):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         normalise(str(tmp_path / "none.csv"), "generic", 2, str(tmp_path / "out.parquet"))
     (tmp_path / "m.csv").write_text("url,caption\n")
-    with pytest.raises(ValueError, match="m.csv: the manifest has no rows"):
+    with pytest.raises(ValueError, match=r"m\.csv: the manifest has no rows"):
         normalise(str(tmp_path / "m.csv"), "generic", 2, str(tmp_path / "out.parquet"))
     assert not storage.exists(str(tmp_path / "out.parquet"))

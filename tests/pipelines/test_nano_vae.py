@@ -27,10 +27,10 @@ def clip(tmp_path: Path) -> str:
 
 def test_material_and_training(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     material, out = str(tmp_path / "material.npz"), str(tmp_path / "vae")
-    frames({clip: 5}, {clip: 3}, material, shape_frames=24)
+    frames({clip: 5}, {clip: 3}, material, shape_frames=32)
     arrays = np.load(material)
     assert {name: array.shape for name, array in arrays.items()} == {
-        "shapes": (24, 64, 64, 3),
+        "shapes": (32, 64, 64, 3),
         "shapes_held_out": (2, 64, 64, 3),
         "real": (5, 96, 96, 3),
         "real_held_out": (3, 64, 64, 3),
@@ -42,7 +42,7 @@ def test_material_and_training(clip: str, tmp_path: Path, capsys: pytest.Capture
     assert "dB held out" in capsys.readouterr().out
     vae = load_vae(out)
     mean, logvar = vae.encode(torch.from_numpy(arrays["shapes"]))
-    assert mean.shape == (24, 4, 8, 8)
+    assert mean.shape == (32, 4, 8, 8)
     assert vae.scale * (mean.var() + logvar.exp().mean()).sqrt() == pytest.approx(1, abs=0.05)
 
 

@@ -102,5 +102,5 @@ def test_small_videos_are_enlarged_to_be_watched() -> None:
 
 
 def test_a_folder_without_a_model_fails_at_once(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no exported model; run jobs/train.py first"):
+    with pytest.raises(FileNotFoundError, match="is no exported model"):
         generate(str(tmp_path), PROMPTS, str(tmp_path / "model"), CONFIG, SIZE)

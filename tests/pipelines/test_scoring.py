@@ -110,5 +110,5 @@ def test_settings_that_cannot_work_fail_at_once(config: EvaluateConfig, sample: 
 
 def test_a_test_set_smaller_than_asked_for(tmp_path: Path) -> None:
     config = EvaluateConfig(test=write_table(tmp_path / "a.csv", [("a.mp4", "a"), ("b.mp4", "b")]), clips=5)
-    with pytest.raises(ValueError, match="evaluate.clips: 5 are asked for, but .* has 2"):
+    with pytest.raises(ValueError, match=r"evaluate\.clips: 5 are asked for, but .* has 2"):
         choose(config)

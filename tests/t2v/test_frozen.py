@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from pipelines.config import CorpusConfig
+from pipelines.judge import judge
 from pipelines.nano_frames import draw_shapes
 from pipelines.nano_vae import psnr_db
+from pipelines.shapes import draw_scene, render
 from t2v.config import DiffusionConfig, TextConfig
 from t2v.frozen import VAE_WEIGHTS, Vae, load_text, load_vae, make_scheduler
 
@@ -49,6 +53,18 @@ def test_nano_vae_is_small_sharp_and_of_unit_variance(vae: Vae, frames: torch.Te
     assert (NANO_VAE / VAE_WEIGHTS).stat().st_size <= 4e6
     assert psnr_db(vae, frames) >= 30
     assert 0.8 < (vae.encode(frames)[0] * vae.scale).std() < 1.2
+
+
+def test_a_clip_of_the_corpus_can_be_read_after_the_way_through_the_latents(vae: Vae) -> None:
+    scenes = [draw_scene(CorpusConfig(seed=777), "test", index) for index in range(8)]
+    clips = [np.stack([render(scene, k / 3, 64, 64) for k in range(0, 16, 3)]) for scene in scenes]
+    means = [vae.encode(torch.from_numpy(clip))[0] for clip in clips]
+    latents = torch.stack(means).transpose(1, 2) * vae.scale
+    readings = [judge(clip).fields for clip in vae.decode(latents).numpy()]
+    for scene, reading in zip(scenes, readings, strict=True):
+        assert reading._replace(shape=scene.shape) == scene.fields
+    right = sum(reading.shape == scene.shape for scene, reading in zip(scenes, readings, strict=True))
+    assert right >= 6  # README: stars suffer
 
 
 def test_vae_id_names_the_weights(vae: Vae, tmp_path: Path) -> None:

@@ -65,5 +65,5 @@ def test_fingerprint_changes_with_the_file_and_digest_with_its_content(folder):
 
 def test_a_broken_json_file_is_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="broken.json"):
+    with pytest.raises(ValueError, match=r"broken\.json"):
         storage.read_json(str(tmp_path / "broken.json"))
