@@ -1,6 +1,6 @@
 """One tree of dataclasses <- YAML preset <- dotted overrides, for every job.
 
-    python jobs/train.py --config jobs/configs/nano.yaml --train.samples 20000
+python jobs/train.py --config jobs/configs/nano.yaml --train.samples 20000
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """A trained model and real test clips -> scores, each with its controls.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/configs/nano.yaml
+ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/configs/nano.yaml
 """
 
 from dataclasses import asdict

@@ -1,6 +1,6 @@
 """A file of prompts (txt, csv, jsonl, parquet) -> mp4 files and a manifest; a rerun makes what is missing.
 
-    ray job submit --working-dir . -- python jobs/generate.py --config jobs/configs/nano.yaml --prompts prompts.txt
+ray job submit --working-dir . -- python jobs/generate.py --config jobs/configs/nano.yaml --prompts prompts.txt
 """
 
 from jobs.config import job, parse, parser

@@ -31,7 +31,7 @@ def _corpus(config: Config) -> Iterator[None]:
     if config.corpus is None:
         yield
         return
-    from pipelines.shapes import corpus_port, write_corpus
+    from pipelines.corpus import corpus_port, write_corpus
     from pipelines.web import serve
 
     folder = f"{config.run_dir}/corpus"

@@ -81,6 +81,7 @@ async def _follow(client: "JobSubmissionClient", job: str, name: str, path: str)
     with open(path, "a") as log, tqdm(desc=name, total=1, unit="", bar_format=layout, file=sys.stdout) as bar:
         async for lines in client.tail_job_logs(job):
             log.write(lines)
+            log.flush()
             for line in lines.splitlines():
                 last.append(line)
                 if found := PROGRESS.search(line):

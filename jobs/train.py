@@ -1,6 +1,6 @@
 """Latent shards -> the trained UNet, as checkpoints and as a diffusers folder; rerunning it resumes.
 
-    ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/nano.yaml
+ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/nano.yaml
 """
 
 from jobs.config import Config, job, parse, parser
@@ -13,7 +13,7 @@ def main() -> None:
             print(f"[train] nothing to do: {config.run_dir}/train/model has seen {config.train.samples:,} samples")
             return
         from pipelines.preview import start_preview
-        from t2v.trainer import TrainJob
+        from t2v.job import TrainJob
         from t2v.worker import fit
 
         train_job = TrainJob(

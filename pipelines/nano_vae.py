@@ -11,10 +11,11 @@ import time
 
 import numpy as np
 import torch
+from diffusers.models import AutoencoderKL
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from t2v.frozen import AutoencoderKL, Vae, load_vae
+from t2v.frozen import Vae, load_vae
 
 SIZE = 64  # pixels; the network is convolutional and takes any multiple of 8
 REAL_SHARE = 0.2  # of a batch

@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 import ray
 
-from t2v.trainer import TrainJob
+from t2v.job import TrainJob
 
 
 def start_preview(job: TrainJob, prompts: list[str], samples: int) -> None:

@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
@@ -27,11 +27,12 @@ from t2v.frozen import make_scheduler
 from t2v.unet import UNet
 
 INDEX_NAME = "model_index.json"
+DIFFUSERS = version("diffusers")  # not `import diffusers`, which takes seconds
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ABSENT = [None, None]
 INDEX = {
     "_class_name": "TextToVideoSDPipeline",
-    "_diffusers_version": diffusers.__version__,
+    "_diffusers_version": DIFFUSERS,
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ABSENT,
     "tokenizer": ABSENT,
@@ -94,7 +95,7 @@ def diffusers_config(config: UNetConfig, latent_size: int | None = None) -> dict
     deeper = len(config.block_out_channels) - 1
     return {
         "_class_name": "UNet3DConditionModel",
-        "_diffusers_version": diffusers.__version__,
+        "_diffusers_version": DIFFUSERS,
         "act_fn": "silu",
         "attention_head_dim": config.head_dim,
         "block_out_channels": list(config.block_out_channels),

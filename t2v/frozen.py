@@ -1,25 +1,27 @@
 """What is never trained: the VAE between pixels and latents, the text tower and the samplers' schedulers.
 
+diffusers and open_clip are imported where they are used: either takes seconds, and few processes need both.
+
 b videos or prompts, n frames, c latent channels, f frames of a video, h w latent size, l tokens, d text width.
 """
 
-from hashlib import blake2b, file_digest
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
-import open_clip
 import torch
-from diffusers.models import AutoencoderKL
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from t2v.config import DiffusionConfig, TextConfig
+from t2v.shards import encoder_id
 
-Scheduler = DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+    from open_clip.transformer import TextTransformer
 
-VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+Scheduler = Union["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
 
 
 class Vae:
@@ -28,7 +30,7 @@ class Vae:
     `id` names the weights that made a latent; `scale` brings latents to unit variance before diffusion.
     """
 
-    def __init__(self, model: AutoencoderKL, weights_id: str, chunk_frames: int) -> None:
+    def __init__(self, model: "AutoencoderKL", weights_id: str, chunk_frames: int) -> None:
         self.model = model.eval().requires_grad_(False)
         self.id = weights_id
         self.scale = float(model.config["scaling_factor"])
@@ -70,14 +72,13 @@ def load_vae(path: str | None, device: str | torch.device = "cpu", chunk_frames:
 
     ValueError or FileNotFoundError, naming the config key, where there is no such folder.
     """
-    if path is None:
-        raise ValueError("model.vae is not set: give the path of a diffusers AutoencoderKL folder")
-    for name in ("config.json", VAE_WEIGHTS):
-        if not Path(path, name).is_file():
-            raise FileNotFoundError(f"model.vae: {path} is no diffusers AutoencoderKL folder, it has no {name}")
+    from diffusers.models import AutoencoderKL
+
+    weights_id = encoder_id(path)
+    assert path is not None
+    if not Path(path, "config.json").is_file():
+        raise FileNotFoundError(f"model.vae: {path} is no diffusers AutoencoderKL folder, it has no config.json")
     model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
-    with Path(path, VAE_WEIGHTS).open("rb") as file:
-        weights_id = file_digest(file, lambda: blake2b(digest_size=8)).hexdigest()
     return Vae(model.to(device), weights_id, chunk_frames)
 
 
@@ -87,7 +88,9 @@ class TextEncoder(nn.Module):
     As in the public implementation a token sees those before it, and padding (id 0) is not masked.
     """
 
-    def __init__(self, tower: TextTransformer, skip_layers: int) -> None:
+    def __init__(self, tower: "TextTransformer", skip_layers: int) -> None:
+        import open_clip
+
         super().__init__()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=tower.context_length)
         self.token_embedding = tower.token_embedding
@@ -139,7 +142,9 @@ def load_text(config: TextConfig, device: str | torch.device = "cpu") -> TextEnc
     return TextEncoder(tower, config.skip_layers).to(device)
 
 
-def _random_tower(config: TextConfig) -> TextTransformer:
+def _random_tower(config: TextConfig) -> "TextTransformer":
+    from open_clip.transformer import TextTransformer
+
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config.seed)
         return TextTransformer(
@@ -147,10 +152,12 @@ def _random_tower(config: TextConfig) -> TextTransformer:
         )
 
 
-def _published_tower(architecture: str, path: str) -> TextTransformer:
+def _published_tower(architecture: str, path: str) -> "TextTransformer":
     """The whole CLIP is read, by open_clip's own loader and without executing pickles; its image half is dropped."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"model.text.weights: there is no file {path}")
+    import open_clip
+
     model = open_clip.create_model(architecture, pretrained=path, weights_only=True)
     return getattr(model, "text", model)  # newer architectures keep the text half apart
 
@@ -161,6 +168,10 @@ def make_scheduler(config: DiffusionConfig, sampler: str, steps: int) -> Schedul
     DDIM is the public implementation's: 50 of 1000 steps are 981, 961, ..., 1 and the last one ends at the noise
     level of t = 0. The others are what diffusers makes of its settings, so that an exported model behaves alike there.
     """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
     scheduler: Scheduler = DDIMScheduler(
         num_train_timesteps=config.timesteps,
         beta_start=config.beta_start,

@@ -20,6 +20,7 @@ from t2v.config import Stream
 
 ROWS_PER_GROUP = 100
 INDEX = "index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KEY = b"latents"
 
 
@@ -92,9 +93,9 @@ def encoder_id(vae_folder: str | None) -> str:
     """
     if vae_folder is None:
         raise ValueError("model.vae is not set: give the path of a diffusers AutoencoderKL folder")
-    weights = storage.join(vae_folder, "diffusion_pytorch_model.safetensors")
+    weights = storage.join(vae_folder, WEIGHTS)
     if not storage.exists(weights):
-        raise FileNotFoundError(f"model.vae: {vae_folder} is no diffusers AutoencoderKL folder, it lacks {weights}")
+        raise FileNotFoundError(f"model.vae: {vae_folder} is no diffusers AutoencoderKL folder, it has no {WEIGHTS}")
     return storage.digest(weights)
 
 

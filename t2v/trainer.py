@@ -5,75 +5,26 @@ It knows nothing of how ranks are started: t2v/worker.py hands it a rank, a chec
 b samples, c channels, f frames, h w latent size, l tokens, d text width.
 """
 
-import math
 import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from t2v import frozen, shards, storage
-from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, Stream, TrainConfig
+from t2v.config import TrainConfig
 from t2v.diffusion import Diffusion
 from t2v.engine import Engine
 from t2v.export import write_model
 from t2v.feed import Batch, Feed
-from t2v.mix import Step, plan_step
+from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
 from t2v.record import Record
-from t2v.shards import Shard
 from t2v.unet import UNet
-
-STREAMS: tuple[Stream, ...] = ("images", "videos")
-
-
-@dataclass
-class TrainJob:
-    """All that a training run depends on."""
-
-    run_dir: str
-    seed: int
-    size: int
-    frames: int
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    train: TrainConfig
-    sample: SampleConfig
-
-    @property
-    def step(self) -> Step:
-        return plan_step(self.train.mix, self.frames)
-
-    @property
-    def samples(self) -> int:
-        """`train.samples`, rounded up to whole steps."""
-        return math.ceil(self.train.samples / self.step.total) * self.step.total
-
-    @property
-    def model_folder(self) -> str:
-        return storage.join(self.run_dir, "train", "model")
-
-    @property
-    def log_path(self) -> str:
-        return storage.join(self.run_dir, "train", "log.jsonl")
-
-    def inventory(self) -> dict[Stream, list[Shard]]:
-        """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""
-        self.step.of_rank(0, self.train.workers)
-        found = {stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS}
-        encoder = shards.encoder_id(self.model.vae)
-        for stream, frames in (("images", 1), ("videos", self.frames)):
-            info = found[stream][0].info
-            wanted = (self.model.unet.channels, frames, self.size // 8, self.size // 8)
-            if info.shape != wanted:
-                raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
-            if info.encoder != encoder:
-                raise ValueError(f"{stream}: shards were encoded by VAE {info.encoder}, but model.vae is {encoder}")
-        return found
 
 
 def learning_rate(config: TrainConfig, samples: int) -> float:
@@ -90,7 +41,8 @@ class Trainer:
     """One rank of a training run.
 
     `resume_from` is a checkpoint's local folder; `report(folder, samples)` takes the folder that every rank has
-    written its part of a new one into; `on_export(job, prompts, samples)` is told on rank 0 of a newly exported model.
+    written its part of a new one into. On rank 0 `observe` gets the numbers of every line of the log, and
+    `on_export(job, prompts, samples)` is told of a newly exported model.
     """
 
     def __init__(
@@ -100,10 +52,11 @@ class Trainer:
         world: int,
         resume_from: str | None,
         report: Callable[[str, int], None],
+        observe: Callable[[dict[str, float]], None],
         on_export: Callable[[TrainJob, list[str], int], None],
     ) -> None:
         self.job, self.step, self.rank = job, job.step, rank
-        self.report, self.on_export = report, on_export
+        self.report, self.observe, self.on_export = report, observe, on_export
         self.slots = self.step.of_rank(rank, world)
         self.inventory = job.inventory()
         torch.manual_seed(job.seed)
@@ -205,6 +158,7 @@ class Trainer:
         self.lines.append({"samples": self.samples, "step": self.samples // self.step.total} | line)
         storage.write_lines(self.job.log_path, self.lines)
         self.record.metrics(line, self.samples)
+        self.observe(line)
         self._begin_interval(feed)
 
     def _checkpoint(self) -> None:

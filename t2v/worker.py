@@ -9,10 +9,16 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
 
 from t2v import storage
-from t2v.trainer import Trainer, TrainJob
+from t2v.job import STREAMS, TrainJob
 
+GAUGES = {
+    "samples_per_s": "Samples of both streams a second",
+    "data_wait_share": "Share of the time spent waiting for data",
+    "memory_gib": "Peak memory of rank 0",
+}
 OnExport = Callable[[TrainJob, list[str], int], None]
 
 
@@ -46,20 +52,36 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
 
 def _work(settings: dict) -> None:
     """What runs on every rank."""
+    from t2v.trainer import Trainer  # DeepSpeed and the text tower: the driver does without them
+
     job: TrainJob = settings["job"]
     context = ray.train.get_context()
     if not job.train.gpus_per_worker:
         torch.set_num_threads(job.train.cpus_per_worker)
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-        trainer = Trainer(
-            job, context.get_world_rank(), context.get_world_size(), folder, _report, settings["on_export"]
-        )
+        rank, world = context.get_world_rank(), context.get_world_size()
+        trainer = Trainer(job, rank, world, folder, _report, _Gauges().set, settings["on_export"])
     trainer.run()
 
 
 def _report(folder: str, samples: int) -> None:
     ray.train.report({"samples": samples}, checkpoint=Checkpoint.from_directory(folder))
+
+
+class _Gauges:
+    """The log's numbers for Prometheus, which scrapes Ray's metrics port; there the names begin with `ray_`."""
+
+    def __init__(self) -> None:
+        self.loss = Gauge("t2v_loss", "Mean loss since the last line of the log", ("stream",))
+        self.others = {name: Gauge(f"t2v_{name}", meaning) for name, meaning in GAUGES.items()}
+
+    def set(self, line: dict[str, float]) -> None:
+        """Takes one line's numbers."""
+        for stream in STREAMS:
+            self.loss.set(line[f"loss_{stream}"], {"stream": stream})
+        for name, gauge in self.others.items():
+            gauge.set(line[name])
 
 
 def _keep_identity(job: TrainJob) -> None:

@@ -12,8 +12,9 @@ import yaml
 
 from jobs.config import Config
 from pipelines.config import CorpusConfig
+from pipelines.corpus import write_corpus
 from pipelines.evidence import shapes
-from pipelines.shapes import Scene, caption, draw_scene, render, write_corpus
+from pipelines.shapes import Scene, caption, draw_scene, render
 
 FUNNEL = {
     "videos": {

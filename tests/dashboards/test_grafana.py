@@ -2,12 +2,14 @@ import json
 import re
 from pathlib import Path
 
+from t2v.worker import GAUGES
+
 DASHBOARD = json.loads((Path(__file__).parents[2] / "dashboards" / "grafana-training.json").read_text())
 
 
 def test_panels_ask_for_the_gauges_that_training_sets() -> None:
     asked = {target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]}
-    assert asked == {"ray_t2v_loss", "ray_t2v_samples_per_s", "ray_t2v_data_wait_share", "ray_t2v_memory_gib"}
+    assert asked == {"ray_t2v_loss", *(f"ray_t2v_{name}" for name in GAUGES)}
 
 
 def test_panels_do_not_overlap_and_take_their_source_from_the_dashboard() -> None:

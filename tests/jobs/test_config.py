@@ -17,7 +17,9 @@ JOBS = ("prepare_data", "train", "generate", "evaluate", "quickstart")
 
 @pytest.mark.parametrize("name", JOBS)
 def test_help_needs_neither_torch_nor_ray(name: str) -> None:
-    show = f"import runpy, sys; sys.argv = ['{name}.py', '--help']; runpy.run_path('jobs/{name}.py', run_name='__main__')"
+    show = (
+        f"import runpy, sys; sys.argv = ['{name}.py', '--help']; runpy.run_path('jobs/{name}.py', run_name='__main__')"
+    )
     program = f"import atexit, json, sys; atexit.register(lambda: print(json.dumps(sorted(sys.modules)))); {show}"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -83,9 +85,7 @@ def test_bad_values_are_one_line_that_names_the_key(
         ("train: [\n", "error: "),
     ],
 )
-def test_bad_files_are_one_line_too(
-    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_files_are_one_line_too(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit) as stopped:
         parse(parser(""), ["--config", str(tmp_path / "bad.yaml")])

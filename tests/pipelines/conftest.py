@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import CorpusConfig
-from pipelines.shapes import write_corpus
+from pipelines.corpus import write_corpus
 from pipelines.web import serve
 
 

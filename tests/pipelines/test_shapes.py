@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import CorpusConfig
+from pipelines.corpus import corpus_port, write_corpus
 from pipelines.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -22,13 +23,11 @@ from pipelines.shapes import (
     Fields,
     Scene,
     caption,
-    corpus_port,
     draw_scene,
     held_out,
     parse_caption,
     position,
     render,
-    write_corpus,
 )
 
 TINY = CorpusConfig(clips=2, pictures=3, test_clips=1, width=96, height=64)

@@ -175,7 +175,7 @@ def _in_transformers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Te
         ):
             name = name.replace(ours, theirs)
         if "attn.in_proj_" in name:
-            for letter, part in zip("qkv", value.chunk(3)):
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
                 renamed[name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
         else:
             renamed[name] = value

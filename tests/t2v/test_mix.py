@@ -43,7 +43,9 @@ def test_gradient_is_one_eighth_images_whatever_the_batch_sizes(world: int) -> N
         for slot in slots:  # what DDP or ZeRO with accumulation does: mean over slots, then over ranks
             share = values[slot.stream][slot.first : slot.first + slot.count].mean()
             (weight * share / len(slots) / world).backward()
-    lanes = [values["videos"][slot.first : slot.first + slot.count].mean() for slot in step.slots if slot.stream == "videos"]
+    lanes = [
+        values["videos"][slot.first : slot.first + slot.count].mean() for slot in step.slots if slot.stream == "videos"
+    ]
     expected = values["images"].mean() / 8 + torch.stack(lanes).mean() * 7 / 8
     torch.testing.assert_close(weight.grad, expected)
 

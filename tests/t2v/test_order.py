@@ -8,7 +8,9 @@ import pytest
 from t2v.order import lane_groups, lane_windows
 
 
-def rows(group_rows: list[int], lane: int, lanes: int, count: int, skip: int = 0, seed: int = 0) -> list[tuple[int, int]]:
+def rows(
+    group_rows: list[int], lane: int, lanes: int, count: int, skip: int = 0, seed: int = 0
+) -> list[tuple[int, int]]:
     """The first `count` (group, row) of a lane after `skip`."""
     windows = lane_windows(group_rows, seed, "videos", lane, lanes, window_rows=20, skip=skip)
     return list(islice(((groups[index], row) for groups, order in windows for index, row in order), count))

@@ -106,7 +106,9 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(two_ranks: Path) -> 
 def test_what_does_not_fit_is_refused_before_training(data: Path) -> None:
     good = job(str(data), 2)
     assert {stream: len(found) for stream, found in good.inventory().items()} == {"images": 3, "videos": 3}
-    with pytest.raises(ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(4, 1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(4, 1, 8, 8\)"
+    ):
         replace(good, size=64).inventory()
     with pytest.raises(ValueError, match="3 ranks cannot share 4 slots"):
         replace(good, train=replace(good.train, workers=3)).inventory()

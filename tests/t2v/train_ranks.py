@@ -4,16 +4,15 @@ Trains six steps straight into FOLDER/straight with a checkpoint after three, th
 checkpoint into FOLDER/resumed, and writes what it exported and logged there.
 """
 
-import os
 import shutil
 import sys
 
 import torch
 import torch.distributed
 
-from t2v import storage
 from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
-from t2v.trainer import Trainer, TrainJob
+from t2v.job import TrainJob
+from t2v.trainer import Trainer
 
 STEP_SAMPLES = 4 + 3 * 2
 
@@ -51,7 +50,7 @@ def run(run_dir: str, resume_from: str | None) -> None:
         shutil.copytree(folder, f"{run_dir}/checkpoint-{samples}", dirs_exist_ok=True)
         torch.distributed.barrier()
 
-    Trainer(job(run_dir, world), rank, world, resume_from, keep, lambda *_: None).run()
+    Trainer(job(run_dir, world), rank, world, resume_from, keep, lambda _: None, lambda *_: None).run()
     torch.distributed.barrier()
 
 

@@ -1,0 +1,186 @@
+"""Writes the miniature's corpus to disk as the web has it: mp4 and jpg files, two manifests, and rows that fail.
+
+`corpus.json` is written last: its presence means that the corpus is whole.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import av
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import CorpusConfig
+from pipelines.shapes import COLOURS, Scene, caption, draw_scene, render
+from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
+
+
+def write_corpus(folder: str | Path, config: CorpusConfig, base_url: str) -> None:
+    """Write clips, pictures, manifests and the test split, on all cores; base_url is where the folder is served.
+
+    `corpus.json` comes last, under a temporary name: where it is, the corpus is whole and a rerun returns at once.
+    ValueError for a folder that holds the corpus of another config or another base_url.
+    """
+    folder = Path(folder)
+    _check(config)
+    if _is_written(folder, config, base_url):
+        return
+    for name in ("videos", "images", "test", "faults"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    videos = {f"videos/{i:06d}.mp4": draw_scene(config, "train", i) for i in range(config.clips)}
+    images = {f"images/{i:06d}.jpg": draw_scene(config, "pictures", i) for i in range(config.pictures)}
+    test = {f"test/video{i}.mp4": draw_scene(config, "test", i) for i in range(config.test_clips)}
+    _write_clips(folder, videos | test)
+    for name, scene in images.items():
+        _write_picture(folder / name, scene)
+    if config.faults:
+        _write_faults(folder, videos["videos/000000.mp4"])
+        videos |= {f"faults/{name}": videos["videos/000000.mp4"] for name in VIDEO_FAULTS}
+        images |= {f"faults/{name}": images["images/000000.jpg"] for name in IMAGE_FAULTS}
+    _write_webvid(folder / "webvid.csv", _shuffled(videos, config.seed), base_url)
+    _write_laion(folder / "laion.parquet", _shuffled(images, config.seed), base_url)
+    _write_msrvtt(folder / "test.csv", test)
+    _write_summary(folder / "corpus.json", config, base_url, len(videos), len(images))
+
+
+def corpus_port(folder: str | Path) -> int:
+    """The port that a written corpus's manifests point at, for a server to take again; 0 where there is none."""
+    path = Path(folder) / "corpus.json"
+    return json.loads(path.read_text())["port"] if path.exists() else 0
+
+
+def _check(config: CorpusConfig) -> None:
+    unknown = set(config.picture_only_colours) - set(COLOURS)
+    if unknown:
+        raise ValueError(f"picture_only_colours: no such colour: {', '.join(sorted(unknown))}")
+    if set(config.picture_only_colours) == set(COLOURS):
+        raise ValueError("picture_only_colours: all colours are named, which leaves none for the clips")
+    if config.width % 2 or config.height % 2:
+        raise ValueError(f"width, height: {config.width} x {config.height}, but H.264 needs even sizes")
+    if config.faults and not (config.clips and config.pictures):
+        raise ValueError("faults: these rows need at least one clip and one picture")
+
+
+def _is_written(folder: Path, config: CorpusConfig, base_url: str) -> bool:
+    path = folder / "corpus.json"
+    if not path.exists():
+        return False
+    summary = json.loads(path.read_text())
+    found = summary["config"] | {"base_url": summary["base_url"]}
+    wanted = asdict(config) | {"base_url": base_url}
+    changed = [f"{name} is {found.get(name)!r}" for name, value in wanted.items() if found.get(name) != value]
+    if changed:
+        raise ValueError(f"{folder} holds another corpus ({'; '.join(changed)}): choose another folder or delete it")
+    return True
+
+
+def _write_clips(folder: Path, clips: dict[str, Scene]) -> None:
+    paths = [folder / name for name in clips]
+    workers = min(os.cpu_count() or 1, len(paths) // 16)
+    if workers < 2:
+        list(map(_write_clip, paths, clips.values()))
+        return
+    # Spawned, because a fork of a process that has run threads (Ray's, PyTorch's) may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_write_clip, paths, clips.values(), chunksize=4))
+
+
+def _write_clip(path: Path, scene: Scene) -> None:
+    """H.264 in mp4; the index comes last in the file, and the bytes are the same each time."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=scene.fps, options={"preset": "veryfast", "crf": "18", "g": "48"})
+        stream.height, stream.width, stream.pix_fmt = scene.height, scene.width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for k in range(round(scene.duration_s * scene.fps)):
+            frame = render(scene, k / scene.fps, scene.height, scene.width)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_picture(path: Path, scene: Scene) -> None:
+    frame = render(scene, 0, scene.height, scene.width)
+    if not cv2.imwrite(str(path), frame[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
+        raise OSError(f"could not write {path}")
+
+
+def _write_faults(folder: Path, scene: Scene) -> None:
+    """The files under faults/ that are broken in themselves."""
+    clip, picture = (folder / "videos/000000.mp4").read_bytes(), (folder / "images/000000.jpg").read_bytes()
+    (folder / "faults/truncated.mp4").write_bytes(clip[: len(clip) // 2])
+    (folder / "faults/huge.jpg").write_bytes(_claim_size(picture, 60_000, 60_000))
+    _write_clip(folder / "faults/short.mp4", replace(scene, duration_s=1.0))
+    (folder / "faults/empty.mp4").touch()
+    (folder / "faults/empty.jpg").touch()
+
+
+def _claim_size(jpg: bytes, height: int, width: int) -> bytes:
+    """The same JPEG with another size in its frame header (ITU-T T.81, B.2.2)."""
+    at = jpg.index(b"\xff\xc0") + 5
+    return jpg[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + jpg[at + 4 :]
+
+
+def _shuffled(scenes: dict[str, Scene], seed: int) -> list[tuple[str, Scene]]:
+    """Rows in an order that spreads those that fail over the manifest."""
+    rows = list(scenes.items())
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _write_webvid(path: Path, rows: list[tuple[str, Scene]], base_url: str) -> None:
+    lines = [
+        (number, f"{base_url}/{name}", "shapes", caption(scene), f"PT00H00M{round(scene.duration_s):02d}S")
+        for number, (name, scene) in enumerate(rows)
+    ]
+    _write_csv(path, [("videoid", "contentUrl", "page_dir", "name", "duration"), *lines])
+
+
+def _write_laion(path: Path, rows: list[tuple[str, Scene]], base_url: str) -> None:
+    rng = np.random.default_rng(0)
+    columns = {
+        "URL": [f"{base_url}/{name}" for name, _ in rows],
+        "TEXT": [caption(scene) for _, scene in rows],
+        "WIDTH": [scene.width for _, scene in rows],
+        "HEIGHT": [scene.height for _, scene in rows],
+        "similarity": rng.uniform(0.28, 0.4, len(rows)),
+        "punsafe": rng.uniform(0, 0.01, len(rows)),
+        "pwatermark": rng.uniform(0, 0.2, len(rows)),
+        "hash": rng.integers(-(2**63), 2**63 - 1, len(rows)),
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def _write_msrvtt(path: Path, test: dict[str, Scene]) -> None:
+    """Paths are relative to the table's own folder."""
+    lines = [(Path(name).stem, name, caption(scene)) for name, scene in test.items()]
+    _write_csv(path, [("video_id", "path", "sentence"), *lines])
+
+
+def _write_summary(path: Path, config: CorpusConfig, base_url: str, videos: int, images: int) -> None:
+    expected = {"videos": VIDEO_FAULTS, "images": IMAGE_FAULTS} if config.faults else {"videos": {}, "images": {}}
+    summary = {
+        "config": asdict(config),
+        "base_url": base_url,
+        "port": urlsplit(base_url).port,
+        "rows": {"videos": videos, "images": images, "test": config.test_clips},
+        "faults": {
+            stream: Counter(status for status in faults.values() if status != "ok")
+            for stream, faults in expected.items()
+        },
+    }
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(summary, indent=2))
+    partial.replace(path)

@@ -1,0 +1,58 @@
+"""What a training run is, and whether its data fit it; light, so that a mistake is told before torch is loaded."""
+
+import math
+from dataclasses import dataclass
+
+from t2v import shards, storage
+from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, Stream, TrainConfig
+from t2v.mix import Step, plan_step
+from t2v.shards import Shard
+
+STREAMS: tuple[Stream, ...] = ("images", "videos")
+
+
+@dataclass
+class TrainJob:
+    """All that a training run depends on."""
+
+    run_dir: str
+    seed: int
+    size: int
+    frames: int
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    train: TrainConfig
+    sample: SampleConfig
+
+    @property
+    def step(self) -> Step:
+        return plan_step(self.train.mix, self.frames)
+
+    @property
+    def samples(self) -> int:
+        """`train.samples`, rounded up to whole steps."""
+        return math.ceil(self.train.samples / self.step.total) * self.step.total
+
+    @property
+    def model_folder(self) -> str:
+        return storage.join(self.run_dir, "train", "model")
+
+    @property
+    def log_path(self) -> str:
+        return storage.join(self.run_dir, "train", "log.jsonl")
+
+    def inventory(self) -> dict[Stream, list[Shard]]:
+        """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""
+        self.step.of_rank(0, self.train.workers)
+        found = {
+            stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS
+        }
+        encoder = shards.encoder_id(self.model.vae)
+        for stream, frames in (("images", 1), ("videos", self.frames)):
+            info = found[stream][0].info
+            wanted = (self.model.unet.channels, frames, self.size // 8, self.size // 8)
+            if info.shape != wanted:
+                raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
+            if info.encoder != encoder:
+                raise ValueError(f"{stream}: shards were encoded by VAE {info.encoder}, but model.vae is {encoder}")
+        return found
