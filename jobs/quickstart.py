@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs.config import parse, parser
+from jobs.config import Config, parse, parser
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-JOBS = ("prepare_data", "train", "generate --prompts jobs/configs/nano_prompts.txt", "evaluate")
+JOBS = ("prepare_data", "train", "generate", "evaluate")
 PROGRESS = re.compile(r"\[\w+\] ([\d,]+)/([\d,]+) (\w+)(.*)")  # what jobs print: [train] 46/2,760 samples ...
 OBJECT_STORE_BYTES = 1_000_000_000
 
@@ -33,12 +33,17 @@ OBJECT_STORE_BYTES = 1_000_000_000
 def main() -> None:
     os.chdir(PROJECT)
     given = ["--config", "jobs/configs/nano.yaml", "--run_dir", f"{PROJECT}/runs/quickstart", *sys.argv[1:]]
-    run_dir = parse(parser(__doc__), given)[0].run_dir
+    config, _ = parse(parser(__doc__), given)
+    run_dir, prompts = config.run_dir, f"{config.run_dir}/prompts.jsonl"
     # A Ray that this process starts runs jobs in this folder; any other one gets a copy of it.
     environment = {"working_dir": PROJECT} if os.environ.get("RAY_ADDRESS") else {}
     begun = time.monotonic()
     with _job_api() as client:
-        for name, *extra in map(shlex.split, JOBS):
+        for name in JOBS:
+            extra = []
+            if name == "generate":
+                _write_prompts(prompts, config)
+                extra = ["--prompts", prompts]
             entrypoint = shlex.join(["python", f"jobs/{name}.py", *given, *extra])
             job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
             asyncio.run(_follow(client, job, name, f"{run_dir}/logs/{name}.log"))
@@ -91,6 +96,16 @@ async def _follow(client: "JobSubmissionClient", job: str, name: str, path: str)
     if client.get_job_status(job) != JobStatus.SUCCEEDED:
         print(*last, f"{name} failed; its whole log is {path}", sep="\n")
         raise SystemExit(1)
+
+
+def _write_prompts(path: str, config: Config) -> None:
+    """The captions and seeds that the evaluation draws, so that its videos are these."""
+    from pipelines.scoring import choose
+    from t2v import storage
+
+    captions = [caption for _, caption in choose(config.evaluate)]
+    seeds = range(config.sample.seed, config.sample.seed + len(captions))
+    storage.write_lines(path, [{"prompt": text, "seed": seed} for text, seed in zip(captions, seeds, strict=True)])
 
 
 def _show(run_dir: str, seconds: float) -> None:

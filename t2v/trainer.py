@@ -23,7 +23,6 @@ from t2v.export import write_model
 from t2v.feed import Batch, Feed
 from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
-from t2v.record import Record
 from t2v.unet import UNet
 
 
@@ -65,7 +64,11 @@ class Trainer:
         self.diffusion = Diffusion(job.diffusion)
         self.samples = self.engine.load(resume_from)["samples"] if resume_from else 0
         self.lines = _read_log(job.log_path, self.samples) if rank == 0 else []
-        self.record = Record(job.run_dir, "train", asdict(job)) if rank == 0 else None
+        self.record = None
+        if rank == 0:
+            from t2v.record import Record  # MLflow, which the other ranks need not load
+
+            self.record = Record(job.run_dir, "train", asdict(job))
         self.losses: list[Tensor] = []  # of each step since the last line, [streams], left on the device
 
     def run(self) -> None:

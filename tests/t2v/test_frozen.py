@@ -16,7 +16,8 @@ from pipelines.nano_frames import draw_shapes
 from pipelines.nano_vae import psnr_db
 from pipelines.shapes import draw_scene, render
 from t2v.config import DiffusionConfig, TextConfig
-from t2v.frozen import VAE_WEIGHTS, Vae, load_text, load_vae, make_scheduler
+from t2v.frozen import Vae, load_text, load_vae, make_scheduler
+from t2v.shards import WEIGHTS
 
 NANO_VAE = Path(__file__).parents[2] / "t2v/assets/nano_vae"
 TINY_TEXT = TextConfig(weights="random", width=32, heads=2, layers=3, skip_layers=1)
@@ -50,7 +51,7 @@ def test_encode_and_decode_are_the_diffusers_network(vae: Vae, frames: torch.Ten
 
 
 def test_nano_vae_is_small_sharp_and_of_unit_variance(vae: Vae, frames: torch.Tensor) -> None:
-    assert (NANO_VAE / VAE_WEIGHTS).stat().st_size <= 4e6
+    assert (NANO_VAE / WEIGHTS).stat().st_size <= 4e6
     assert psnr_db(vae, frames) >= 30
     assert 0.8 < (vae.encode(frames)[0] * vae.scale).std() < 1.2
 
@@ -61,14 +62,11 @@ def test_a_clip_of_the_corpus_can_be_read_after_the_way_through_the_latents(vae:
     means = [vae.encode(torch.from_numpy(clip))[0] for clip in clips]
     latents = torch.stack(means).transpose(1, 2) * vae.scale
     readings = [judge(clip).fields for clip in vae.decode(latents).numpy()]
-    for scene, reading in zip(scenes, readings, strict=True):
-        assert reading._replace(shape=scene.shape) == scene.fields
-    right = sum(reading.shape == scene.shape for scene, reading in zip(scenes, readings, strict=True))
-    assert right >= 6  # README: stars suffer
+    assert readings == [scene.fields for scene in scenes]
 
 
 def test_vae_id_names_the_weights(vae: Vae, tmp_path: Path) -> None:
-    for name in ("config.json", VAE_WEIGHTS):
+    for name in ("config.json", WEIGHTS):
         (tmp_path / name).write_bytes((NANO_VAE / name).read_bytes())
     assert load_vae(str(tmp_path)).id == vae.id
     changed = AutoencoderKL.from_pretrained(tmp_path)
