@@ -17,7 +17,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy t2v pipelines
 
 bench: $(VENV)/.ready
-	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for name in quickstart nano_loss; do \
+	  $(BIN)/python tests/benchmarks/$$name.py runs/bench/$$name | tee tests/benchmarks/results/$$name.txt || exit 1; done
 
 # video2dataset pins torch 2.1.2 and numpy < 2; without its dependencies it works with the versions of this project.
 $(VENV)/.ready: pyproject.toml constraints.txt

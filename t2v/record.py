@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlflow
@@ -38,11 +38,11 @@ class Record:
     def __init__(self, run_dir: str, job: str, params: Mapping[str, Any]) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._client = mlflow.MlflowClient(tracking_uri(run_dir))
         self._silenced = False
+        uri = tracking_uri(run_dir)
         self._note = storage.join(run_dir, "config", f"{job}.mlflow.json")
         self.run_id = ""
-        self._try(self._open, run_dir, job, {key: str(value)[:500] for key, value in _flat(params).items()})
+        self._try(self._open, uri, run_dir, job, {key: str(value)[:500] for key, value in _flat(params).items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Adds one point to each series; `step` counts samples."""
@@ -71,7 +71,8 @@ class Record:
         """Ends the run as FINISHED, FAILED or KILLED; a rerun of the job opens it again."""
         self._try(lambda: self._client.set_terminated(self.run_id, status))
 
-    def _open(self, run_dir: str, job: str, params: dict[str, str]) -> None:
+    def _open(self, uri: str, run_dir: str, job: str, params: dict[str, str]) -> None:
+        self._client = mlflow.MlflowClient(uri)
         if storage.exists(self._note):
             self.run_id = storage.read_json(self._note)["run_id"]
             self._client.update_run(self.run_id, status="RUNNING")
@@ -84,7 +85,9 @@ class Record:
             storage.write_json(self._note, {"run_id": self.run_id})
             self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in params.items()])
 
-    def _try(self, call: Any, *arguments: Any) -> None:
+    def _try(self, call: Callable[..., object], *arguments: Any) -> None:
+        if self._silenced and not self.run_id:
+            return
         try:
             call(*arguments)
         except (MlflowException, OSError) as error:
