@@ -1,4 +1,4 @@
-"""A run's generated clips as one animated picture, for pages that play no video: `python -m dashboards.animation RUN_DIR OUT.gif`."""
+"""A run's generated clips as one animated picture: `python -m dashboards.animation RUN_DIR OUT.gif [PROMPTS.txt]`."""
 
 import sys
 

@@ -73,7 +73,7 @@ def test_training_leaves_checkpoints_a_log_and_a_model(run_dir: Path) -> None:
     lines = storage.read_lines(f"{run_dir}/train/log.jsonl")
     assert lines[-1]["samples"] == 2 * STEP_SAMPLES
     assert all(np.isfinite([line["loss_images"], line["loss_videos"]]).all() for line in lines)
-    assert len(list((run_dir / "train").glob("checkpoint_*"))) == 2
+    assert len(list((run_dir / "train").glob("checkpoint_2*"))) == 2
     assert json.loads((run_dir / "train/model/t2v.json").read_text())["info"]["samples"] == 2 * STEP_SAMPLES
 
 
