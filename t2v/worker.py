@@ -85,11 +85,15 @@ class _Gauges:
 
 
 def _keep_identity(job: TrainJob) -> None:
-    """Writes down what a resumed run must not change, or compares it with what was written down."""
+    """Writes down what a resumed run must not change, or compares it with what was written down.
+
+    The number of workers is among it because a checkpoint is read back by as many ranks as wrote it.
+    """
     path = storage.join(job.run_dir, "train", "identity.json")
     identity = {
         "seed": job.seed,
         "frames": job.frames,
+        "workers": job.train.workers,
         "unet": asdict(job.model.unet),
         "text": asdict(job.model.text),
         "mix": asdict(job.train.mix),
