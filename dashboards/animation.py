@@ -9,7 +9,7 @@ from pipelines.sampling import read_frames
 from t2v import storage
 
 COLUMNS = 4
-SCALE = 3  # of a clip's pixels
+SCALE = 2  # of a clip's pixels
 MARGIN = 10
 CAPTION = 34
 FRAME_MS = 125  # 8 frames a second
@@ -29,11 +29,11 @@ def _page(frames: list[np.ndarray], prompts: list[str]) -> Image.Image:
     cell = (side + MARGIN, side + MARGIN + CAPTION)
     rows = -(-len(frames) // COLUMNS)
     page = Image.new("RGB", (cell[0] * COLUMNS + MARGIN, cell[1] * rows + MARGIN), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for index, (frame, prompt) in enumerate(zip(frames, prompts, strict=True)):
         x, y = MARGIN + cell[0] * (index % COLUMNS), MARGIN + cell[1] * (index // COLUMNS)
         page.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.multiline_text((x, y + side + 3), _wrapped(prompt, 32), INK, font, spacing=2)
+        draw.multiline_text((x, y + side + 3), _wrapped(prompt, 24), INK, font, spacing=2)
     return page
 
 

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dashboards.report import write_report
+from pipelines.config import EvaluateConfig
+from pipelines.scoring import choose
 from pipelines.shapes import parse_caption
 from t2v import storage
 from t2v.shards import list_shards
@@ -41,19 +43,15 @@ def run(name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, **changes: ob
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("a red circle moves left over a plain background\n../../etc/passwd\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_dir(ray_session: None, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as monkeypatch:
         run("prepare_data", folder, monkeypatch)
         run("train", folder, monkeypatch)
-        run("generate", folder, monkeypatch, prompts=prompts)
+        evaluate = EvaluateConfig(test=f"{folder}/corpus/test.csv", clips=SMALLEST["evaluate.clips"])
+        asked = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(choose(evaluate))]
+        storage.write_lines(f"{folder}/prompts.jsonl", [*asked, {"prompt": "../../etc/passwd", "seed": 3}])
+        run("generate", folder, monkeypatch, prompts=f"{folder}/prompts.jsonl")
         run("evaluate", folder, monkeypatch)
     write_report(str(folder))
     return folder
@@ -77,10 +75,10 @@ def test_training_leaves_checkpoints_a_log_and_a_model(run_dir: Path) -> None:
     assert json.loads((run_dir / "train/model/t2v.json").read_text())["info"]["samples"] == 2 * STEP_SAMPLES
 
 
-def test_every_prompt_is_a_video_and_none_a_path(run_dir: Path, prompts: Path) -> None:
+def test_every_prompt_is_a_video_none_a_path_and_evaluation_takes_those_that_are_there(run_dir: Path) -> None:
     rows = storage.read_lines(f"{run_dir}/samples/manifest.jsonl")
-    assert set(prompts.read_text().splitlines()) <= {row["prompt"] for row in rows}
-    assert len(rows) == 2 + SMALLEST["evaluate.clips"]
+    asked = storage.read_lines(f"{run_dir}/prompts.jsonl")
+    assert sorted((row["prompt"], row["seed"]) for row in rows) == sorted((row["prompt"], row["seed"]) for row in asked)
     for row in rows:
         frames = np.load(run_dir / "samples" / f"{row['key']}.npz")["frames"]
         assert frames.shape == (8, 64, 64, 3) and frames.dtype == np.uint8
@@ -114,7 +112,7 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
 
 
 def test_running_all_again_changes_no_file(
-    run_dir: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def written() -> dict[Path, int]:
         parts = ("corpus", "data", "train", "samples", "scores")
@@ -122,8 +120,9 @@ def test_running_all_again_changes_no_file(
         return {path: path.stat().st_mtime_ns for path in files if path.name not in RESTATED}
 
     before = written()
-    for name, changes in (("prepare_data", {}), ("train", {}), ("generate", {"prompts": prompts}), ("evaluate", {})):
-        run(name, run_dir, monkeypatch, **changes)
+    for name in ("prepare_data", "train", "evaluate"):
+        run(name, run_dir, monkeypatch)
+    run("generate", run_dir, monkeypatch, prompts=f"{run_dir}/prompts.jsonl")
     assert written() == before
     assert "[train] nothing to do" in capsys.readouterr().out
 
