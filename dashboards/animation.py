@@ -1,6 +1,7 @@
 """A run's generated clips as one animated picture: `python -m dashboards.animation RUN_DIR OUT.gif [PROMPTS.txt]`."""
 
 import sys
+from textwrap import wrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +12,7 @@ from t2v import storage
 COLUMNS = 4
 SCALE = 2  # of a clip's pixels
 MARGIN = 10
-CAPTION = 34
+CAPTION = 42
 FRAME_MS = 125  # 8 frames a second
 PAPER, INK = (250, 249, 246), (60, 60, 64)
 
@@ -33,13 +34,8 @@ def _page(frames: list[np.ndarray], prompts: list[str]) -> Image.Image:
     for index, (frame, prompt) in enumerate(zip(frames, prompts, strict=True)):
         x, y = MARGIN + cell[0] * (index % COLUMNS), MARGIN + cell[1] * (index // COLUMNS)
         page.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.multiline_text((x, y + side + 3), _wrapped(prompt, 24), INK, font, spacing=2)
+        draw.multiline_text((x, y + side + 3), "\n".join(wrap(prompt, 24)), INK, font, spacing=2)
     return page
-
-
-def _wrapped(text: str, width: int) -> str:
-    cut = text.rfind(" ", 0, width) if len(text) > width else len(text)
-    return f"{text[:cut]}\n{text[cut:].strip()}"
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def main() -> None:
             entrypoint = shlex.join(["python", f"jobs/{name}.py", *given, *extra])
             job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
             asyncio.run(_follow(client, job, name, f"{run_dir}/logs/{name}.log"))
-    _show(run_dir, time.monotonic() - begun)
+    _show(run_dir, begun)
 
 
 @contextmanager
@@ -108,8 +108,8 @@ def _write_prompts(path: str, config: Config) -> None:
     storage.write_lines(path, [{"prompt": text, "seed": seed} for text, seed in zip(captions, seeds, strict=True)])
 
 
-def _show(run_dir: str, seconds: float) -> None:
-    """What came out, and where it lies."""
+def _show(run_dir: str, begun: float) -> None:
+    """What came out, where it lies, and how long it took."""
     from dashboards.report import write_report
     from pipelines.ledger import funnel_text, read_funnel
     from pipelines.scoring import table
@@ -117,9 +117,12 @@ def _show(run_dir: str, seconds: float) -> None:
 
     print(f"\n{funnel_text(read_funnel(run_dir))}\n\n{table(storage.read_json(f'{run_dir}/scores/scores.json'))}\n")
     print(f"videos   {run_dir}/samples")
-    print(f"report   {write_report(run_dir)}")
+    report, parts = f"{run_dir}/report.html", (f"{run_dir}/train/log.jsonl", f"{run_dir}/scores/scores.json")
+    if not os.path.exists(report) or os.path.getmtime(report) < max(map(os.path.getmtime, parts)):
+        write_report(run_dir)
+    print(f"report   {report}")
     print(f"MLflow   make mlflow RUN={os.path.relpath(run_dir)}")
-    print(f"done in {seconds:.0f} s")
+    print(f"done in {time.monotonic() - begun:.0f} s")
 
 
 def _free_port() -> int:

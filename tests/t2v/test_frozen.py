@@ -78,7 +78,7 @@ def test_vae_id_names_the_weights(vae: Vae, tmp_path: Path) -> None:
 def test_a_missing_vae_names_its_config_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.vae"):
         load_vae(None)
-    with pytest.raises(FileNotFoundError, match="model.vae.*config.json"):
+    with pytest.raises(FileNotFoundError, match="model.vae.*it has no diffusion_pytorch_model.safetensors"):
         load_vae(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(FileNotFoundError, match="model.vae.*safetensors"):
