@@ -11,7 +11,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/python jobs/quickstart.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy t2v pipelines

@@ -12,11 +12,11 @@ import ray
 from t2v.job import TrainJob
 
 
-def start_preview(job: TrainJob, prompts: list[str], samples: int) -> None:
+def start_preview(job: TrainJob, prompts: list[str], samples: int) -> ray.ObjectRef:
     """Starts the task that samples the newest model; on a machine without GPUs it takes no core from the ranks."""
     gpus = job.sample.gpus_per_worker
     task = _preview.options(num_gpus=gpus, num_cpus=job.sample.cpus_per_worker if gpus else 0)
-    task.remote(job, prompts, samples)
+    return task.remote(job, prompts, samples)
 
 
 @ray.remote(max_retries=0)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed
@@ -41,7 +42,7 @@ class Trainer:
 
     `resume_from` is a checkpoint's local folder; `report(folder, samples)` takes the folder that every rank has
     written its part of a new one into. On rank 0 `observe` gets the numbers of every line of the log, and
-    `on_export(job, prompts, samples)` is told of a newly exported model.
+    `on_export(job, prompts, samples)` is told of a newly exported model; what it starts is kept in `started`.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Trainer:
         resume_from: str | None,
         report: Callable[[str, int], None],
         observe: Callable[[dict[str, float]], None],
-        on_export: Callable[[TrainJob, list[str], int], None],
+        on_export: Callable[[TrainJob, list[str], int], Any],
     ) -> None:
         self.job, self.step, self.rank = job, job.step, rank
         self.report, self.observe, self.on_export = report, observe, on_export
@@ -69,6 +70,7 @@ class Trainer:
             from t2v.record import Record  # MLflow, which the other ranks need not load
 
             self.record = Record(job.run_dir, "train", asdict(job))
+        self.started: list[Any] = []
         self.losses: list[Tensor] = []  # of each step since the last line, [streams], left on the device
 
     def run(self) -> None:
@@ -96,6 +98,9 @@ class Trainer:
                 self._checkpoint()
                 self._begin_interval(feed)
         feed.close()
+
+    def close(self) -> None:
+        """Ends the run in MLflow; whatever `started` was to add to it should have done so."""
         if self.record:
             self.record.close()
 
@@ -178,7 +183,7 @@ class Trainer:
         train = self.job.train
         if self.record and _crossed(self.samples, train.checkpoint_every_samples, train.sample_every_samples):
             prompts = shards.read_rows(self.inventory["videos"][0].path, 0).caption[:8]
-            self.on_export(self.job, prompts, self.samples)
+            self.started.append(self.on_export(self.job, prompts, self.samples))
 
 
 def _crossed(samples: int, before: int, every: int) -> bool:

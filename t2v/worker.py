@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 
+import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -14,12 +15,13 @@ from ray.util.metrics import Gauge
 from t2v import storage
 from t2v.job import STREAMS, TrainJob
 
+PREVIEW_GRACE_S = 60.0  # for samples of the last model to be drawn, after the last step
 GAUGES = {
     "samples_per_s": "Samples of both streams a second",
     "data_wait_share": "Share of the time spent waiting for data",
     "memory_gib": "Peak memory of rank 0",
 }
-OnExport = Callable[[TrainJob, list[str], int], None]
+OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 
 
 def fit(job: TrainJob, on_export: OnExport) -> None:
@@ -63,6 +65,9 @@ def _work(settings: dict) -> None:
         rank, world = context.get_world_rank(), context.get_world_size()
         trainer = Trainer(job, rank, world, folder, _report, _Gauges().set, settings["on_export"])
     trainer.run()
+    if trainer.started:  # tasks end with the process that started them
+        ray.wait(trainer.started, num_returns=len(trainer.started), timeout=PREVIEW_GRACE_S)
+    trainer.close()
 
 
 def _report(folder: str, samples: int) -> None:

@@ -27,7 +27,7 @@ SMALLEST = {
     "train.mix.images_per_step": 4,
     "train.samples": 2 * STEP_SAMPLES,
     "train.checkpoint_every_samples": STEP_SAMPLES,
-    "train.sample_every_samples": STEP_SAMPLES,
+    "train.sample_every_samples": 2 * STEP_SAMPLES,
     "sample.steps": 3,
     "evaluate.clips": 6,
 }
@@ -105,6 +105,8 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     assert all(run.info.status == "FINISHED" for run in runs.values())
     train = runs["train"]
     assert train.data.params["train.mix.slots"] == "8"
+    (picture,) = client.list_artifacts(train.info.run_id, "samples")
+    assert picture.path == f"samples/samples-{2 * STEP_SAMPLES:012d}.png"
     history = client.get_metric_history(train.info.run_id, "loss_videos")
     assert [point.step for point in history] == [
         line["samples"] for line in storage.read_lines(f"{run_dir}/train/log.jsonl")
