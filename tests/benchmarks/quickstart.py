@@ -1,6 +1,6 @@
 """The quickstart's time and memory, undisturbed, run again, and killed in each of its stages.
 
-python tests/benchmarks/quickstart.py FOLDER
+python tests/benchmarks/quickstart.py FOLDER [undisturbed] [killed]
 """
 
 import json
@@ -82,12 +82,20 @@ def finished(run_dir: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, parts = Path(sys.argv[1]), sys.argv[2:] or ["undisturbed", "killed"]
     print(header(), flush=True)
-    undisturbed(folder / "first")
-    print("the same again:", flush=True)
-    undisturbed(folder / "first")
+    if "undisturbed" in parts:
+        shutil.rmtree(folder, ignore_errors=True)
+        undisturbed(folder / "first")
+        print("the same again:", flush=True)
+        undisturbed(folder / "first")
+    if "killed" in parts:
+        shutil.rmtree(folder / "disturbed", ignore_errors=True)
+        compare(folder)
+
+
+def compare(folder: Path) -> None:
+    """A run that is killed in every job, held against the undisturbed one."""
     disturbed, before = folder / "disturbed", {}
     for job, pattern in KILLS.items():
         killed(disturbed, job, pattern)
