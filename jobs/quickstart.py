@@ -8,6 +8,7 @@ configuration may be overridden and is handed on to the jobs.
 """
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -45,7 +46,7 @@ def main() -> None:
                 _write_prompts(prompts, config)
                 extra = ["--prompts", prompts]
             entrypoint = shlex.join(["python", f"jobs/{name}.py", *given, *extra])
-            job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+            job = _submit(client, entrypoint, environment)
             asyncio.run(_follow(client, job, name, f"{run_dir}/logs/{name}.log"))
     _show(run_dir, begun)
 
@@ -65,6 +66,7 @@ def _job_api() -> Iterator["JobSubmissionClient"]:
         return
     print("starting Ray" if not address else f"joining Ray at {address}", flush=True)
     local = {
+        "address": "local",  # not another Ray that happens to run here
         "num_cpus": max(2, os.cpu_count() or 2),
         "object_store_memory": OBJECT_STORE_BYTES,
         "include_dashboard": True,
@@ -75,11 +77,24 @@ def _job_api() -> Iterator["JobSubmissionClient"]:
     ray.shutdown()
 
 
+def _submit(client: "JobSubmissionClient", entrypoint: str, environment: dict[str, str]) -> str:
+    """Submits a job, again and again while the agent that takes jobs is still starting."""
+    for _ in range(60):
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            time.sleep(1)
+    raise SystemExit("error: Ray's job agent did not start within a minute; see the logs below /tmp/ray/session_latest")
+
+
 async def _follow(client: "JobSubmissionClient", job: str, name: str, path: str) -> None:
     """Draws a job's progress until it ends, keeps its log, and ends this process if it fails."""
     from ray.job_submission import JobStatus
     from tqdm import tqdm
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # the client tells of every connection that it closes
     os.makedirs(os.path.dirname(path), exist_ok=True)
     last: deque[str] = deque(maxlen=30)
     layout = "{desc:<13}{percentage:3.0f}% |{bar:24}| {n:,}/{total:,} {unit} [{elapsed}]{postfix}"

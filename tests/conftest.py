@@ -16,6 +16,6 @@ def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, started once."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)
     yield
     ray.shutdown()
