@@ -86,7 +86,9 @@ def _submit(client: "JobSubmissionClient", entrypoint: str, environment: dict[st
             if "No available agent" not in str(error):
                 raise
             time.sleep(1)
-    raise SystemExit("error: Ray's job agent did not start within a minute; see the logs below /tmp/ray/session_latest")
+    raise SystemExit(
+        "error: Ray's job agent does not start. Does another Ray hold its port, 52365? Join it by RAY_ADDRESS"
+    )
 
 
 async def _follow(client: "JobSubmissionClient", job: str, name: str, path: str) -> None:

@@ -22,11 +22,11 @@ def job(name: str, run_dir: Path, *arguments: str) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    shutil.rmtree(folder, ignore_errors=True)
     print(header(), flush=True)
     job("prepare_data", folder / "data")
     for seed in SEEDS:
         run_dir = folder / f"seed-{seed}"
+        shutil.rmtree(run_dir, ignore_errors=True)
         shutil.copytree(folder / "data/data", run_dir / "data")
         job(
             "train", run_dir, "--seed", str(seed), "--train.log_every_s", "0", "--train.sample_every_samples", "1000000"

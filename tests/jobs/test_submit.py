@@ -31,6 +31,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "node-ip-address": "127.0.0.1",
         "dashboard-host": "127.0.0.1",
         "dashboard-port": port,
+        "dashboard-agent-listen-port": free_port(),  # the usual one may be held by the Ray of other tests
         "num-cpus": 2,
         "object-store-memory": 300_000_000,
         "temp-dir": f"/tmp/{folder.name}{os.getpid()}",  # short: sockets lie in it
