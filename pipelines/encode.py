@@ -89,7 +89,7 @@ class ShardEncoder:
             else:
                 clip = Clip(read_image(body, data.size, data.fetch.max_pixels), 0.0, 0.0)
         except MediaError as error:
-            return (replace(entry, status=error.reason, stage="decode", message=error.message), row["caption"], None)
+            return replace(entry, status=error.status, stage="decode", message=error.message), row["caption"], None
         return replace(entry, stage="encode"), row["caption"], clip
 
     def _encode(self, clips: list[tuple[str, str, Clip]]) -> list[_Row]:

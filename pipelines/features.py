@@ -99,7 +99,7 @@ class Extractor:
             real, error = self._read_real(row["real"]), ""
         except MediaError as problem:
             # A stage never raises for a bad row: its numbers are made, so that all rows are alike, and never used.
-            real, error = np.zeros_like(generated), f"{problem.reason}: {problem}"
+            real, error = np.zeros_like(generated), f"{problem.status}: {problem}"
         measured = self._networks(real, generated) | self._judge(real, generated)
         return {"index": row["index"], "error": error} | measured
 

@@ -168,7 +168,7 @@ async def _read(response: aiohttp.ClientResponse, config: FetchConfig) -> bytes:
 
 
 def _classed(error: Exception, config: FetchConfig) -> FetchError:
-    """The ledger's reason for whatever a download raised."""
+    """The status in the ledger of whatever a download raised."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     message = f"{type(error).__name__}: {error}"
     match error:

@@ -1,4 +1,4 @@
-"""Reads colour, shape, direction and background back from the pixels of a clip, and scores clips by their captions.
+"""Reads colour, shape, direction and background back from the pixels of clips, and counts how often captions agree.
 
 No network is involved. The shape is where the saturation is, since all backgrounds are grey; its colour is the
 nearest hue; which shape it is, the template that overlaps it best; its direction, the path of its centre; and the
@@ -7,14 +7,14 @@ background, an analysis of variance over rows and columns of what the shape leav
 f frames, h height, w width, n clips
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
-from pipelines.shapes import COLOURS, DIRECTIONS, SHAPES, VOCABULARY, Fields, parse_caption, signed_distance
+from pipelines.shapes import COLOURS, DIRECTIONS, SHAPES, VOCABULARY, Fields, signed_distance
 
 MIN_CHROMA = 48.0  # of 255: paler than this, nothing is there
 MIN_AREA = 0.004  # of the frame: a smaller patch is a speck
@@ -169,24 +169,6 @@ def _background(grey: np.ndarray, masks: np.ndarray) -> str | None:
     rest = (picture - columns[None, :] - rows[:, None]) * known
     energy = np.linalg.svd(rest, compute_uv=False) ** 2
     return pattern if pattern == "striped" or energy[0] > 0.4 * energy.sum() else None
-
-
-def score(items: Iterable[tuple[np.ndarray, str]]) -> Scores:
-    """Judge each clip and compare with its caption; frames are not kept."""
-    readings, captions = _read(items)
-    return tabulate(readings, captions)
-
-
-def shuffled_control(items: Iterable[tuple[np.ndarray, str]], seed: int) -> Scores:
-    """The same with the captions dealt out at random: must come out at chance, or the score measures something else."""
-    readings, captions = _read(items)
-    order = np.random.default_rng(seed).permutation(len(captions))
-    return tabulate(readings, [captions[i] for i in order])
-
-
-def _read(items: Iterable[tuple[np.ndarray, str]]) -> tuple[list[Fields], list[Fields]]:
-    pairs = [(judge(frames).fields, parse_caption(text)) for frames, text in items]
-    return [seen for seen, _ in pairs], [said for _, said in pairs]
 
 
 def tabulate(seen: Sequence[Fields], said: Sequence[Fields]) -> Scores:

@@ -61,16 +61,10 @@ class Entry:
 
 
 def write_ledger(path: str, entries: Sequence[Entry]) -> None:
-    """Write one shard's part of the ledger, atomically."""
+    """Write one shard's part of the ledger, atomically; all parts of a stream are one Parquet dataset."""
     table = pa.Table.from_pylist([asdict(entry) for entry in entries], schema=SCHEMA)
     with storage.open_atomic(path) as file:
         pq.write_table(table, file, compression="zstd")
-
-
-def read_ledger(path: str) -> list[Entry]:
-    """The entries of one part, in the order of the manifest."""
-    with storage.open_read(path) as file:
-        return [Entry(**row) for row in pq.read_table(file, schema=SCHEMA).to_pylist()]
 
 
 def read_funnel(run_dir: str) -> Funnel:

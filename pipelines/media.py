@@ -1,7 +1,7 @@
 """Encoded bytes -> the frames that the model sees: a window chosen by presentation time, its middle square.
 
 Decoders run on files of strangers: formats are named, pixels are counted before anything is decoded, and
-whatever a decoder raises becomes one row's reason. f frames of y x x pixels, RGB.
+whatever a decoder raises becomes the status of one row. f frames of y x x pixels, RGB.
 """
 
 import io
@@ -28,11 +28,11 @@ _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
 class MediaError(Exception):
-    """A file that gives no clip or picture, and the ledger's reason for it."""
+    """A file that gives no clip or picture, and the status of its row in the ledger."""
 
-    def __init__(self, reason: Status, message: str) -> None:
+    def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
-        self.reason, self.message = reason, message
+        self.status, self.message = status, message
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Span:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Decoders raise whatever they like on broken files; each becomes the one row's reason."""
+    """Decoders raise whatever they like on broken files; each becomes the status of one row."""
     try:
         yield
     except MediaError:

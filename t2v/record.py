@@ -5,7 +5,6 @@ MLFLOW_TRACKING_URI names any server; without it the runs are kept in SQLite bes
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,17 +54,9 @@ class Record:
         columns = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
         self._try(lambda: self._client.log_table(self.run_id, columns, name))
 
-    def file(self, path: str, folder: str = "") -> None:
-        """Keeps a local file."""
-        self._try(lambda: self._client.log_artifact(self.run_id, path, folder or None))
-
-    def text(self, text: str, name: str) -> None:
-        """Keeps a text as a file called `name`."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, name)
-            with open(path, "w") as file:
-                file.write(text)
-            self.file(path)
+    def file(self, path: str, folder: str) -> None:
+        """Keeps a local file in `folder` of the run's files."""
+        self._try(lambda: self._client.log_artifact(self.run_id, path, folder))
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run as FINISHED, FAILED or KILLED; a rerun of the job opens it again."""

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from pipelines.config import CorpusConfig
-from pipelines.judge import judge, score, shuffled_control, tabulate
+from pipelines.evidence import someone_else
+from pipelines.judge import judge, tabulate
 from pipelines.media import read_clip
-from pipelines.shapes import COLOURS, VOCABULARY, Fields, Scene, caption, draw_scene, render
+from pipelines.shapes import COLOURS, VOCABULARY, Fields, Scene, caption, draw_scene, parse_caption, render
 
 
 def through_jpeg(frame):
@@ -20,6 +21,12 @@ def damaged(frames, rng):
     """Blur and noise of about a small VAE's damage."""
     blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 0.7) for frame in frames])
     return np.clip(blurred + rng.normal(0, 6, frames.shape), 0, 255).astype(np.uint8)
+
+
+def fields(items):
+    """What the judge sees in clips, and what their captions say."""
+    pairs = [(judge(frames).fields, parse_caption(text)) for frames, text in items]
+    return [seen for seen, _ in pairs], [said for _, said in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +46,20 @@ def clips(corpus):
 
 
 def test_real_clips_are_read_right(clips):
-    scores = score(clips)
+    scores = tabulate(*fields(clips))
     assert scores.n >= 200 and scores.all_fields >= 0.97
     assert set(scores.accuracy) == set(VOCABULARY) and min(scores.accuracy.values()) >= 0.97
 
 
 def test_damaged_clips_are_read_right(clips):
     rng = np.random.default_rng(0)
-    scores = score((damaged(frames, rng), text) for frames, text in clips[::3])
+    scores = tabulate(*fields((damaged(frames, rng), text) for frames, text in clips[::3]))
     assert min(scores.accuracy.values()) >= 0.95
 
 
 def test_shuffled_captions_score_at_chance(clips):
-    scores = shuffled_control(clips[::3], seed=0)
+    seen, said = fields(clips[::3])
+    scores = tabulate(seen, [said[other] for other in someone_else(len(said), seed=0)])
     for name, accuracy in scores.accuracy.items():
         chance = scores.chance[name]
         assert abs(accuracy - chance) < 3 * np.sqrt(chance * (1 - chance) / scores.n)
@@ -61,7 +69,8 @@ def test_shuffled_captions_score_at_chance(clips):
 
 def test_pictures_are_read_without_a_direction(corpus):
     scenes = [draw_scene(corpus.config, "pictures", i) for i in range(80)]
-    scores = score((through_jpeg(render(scene, 0, 64, 64))[None], caption(scene)) for scene in scenes)
+    pictures = [(through_jpeg(render(scene, 0, 64, 64))[None], caption(scene)) for scene in scenes]
+    scores = tabulate(*fields(pictures))
     assert set(scores.accuracy) == {"colour", "shape", "background"} and min(scores.accuracy.values()) >= 0.97
 
 
@@ -116,4 +125,4 @@ def test_tables_count_what_was_read_and_what_was_not():
 
 def test_no_clips_is_an_error():
     with pytest.raises(ValueError, match="no clips"):
-        score([])
+        tabulate([], [])

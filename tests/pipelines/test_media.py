@@ -93,7 +93,7 @@ def test_exactly_long_enough_and_a_frame_too_short():
     assert clip.start_s == pytest.approx(0, abs=1e-3)
     with pytest.raises(MediaError, match=r"5\.29 s, shorter than 5\.33 s") as refused:
         read_clip(encode(evenly(24, 5.29), rate=24), 16, 3.0, 16)
-    assert refused.value.reason == "too_short"
+    assert refused.value.status == "too_short"
 
 
 def test_rotation_is_honoured():
@@ -111,7 +111,7 @@ STREAMED = encode(evenly(25, 8), container="mpegts")
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "status"),
     [
         (WHOLE[: len(WHOLE) // 2], "corrupt"),  # its index, which is at the end, is missing
         (WHOLE[:2000] + bytes(len(WHOLE) // 3) + WHOLE[2000 + len(WHOLE) // 3 :], "corrupt"),
@@ -121,10 +121,10 @@ STREAMED = encode(evenly(25, 8), container="mpegts")
         (b"<!doctype html>", "corrupt"),
     ],
 )
-def test_broken_videos(data, reason):
+def test_broken_videos(data, status):
     with pytest.raises(MediaError) as refused:
         read_clip(data, 16, 3.0, 64)
-    assert refused.value.reason == reason
+    assert refused.value.status == status
 
 
 def test_a_file_whose_index_promises_more_than_there_is_is_corrupt_not_short(tmp_path):
@@ -139,7 +139,7 @@ def test_a_file_whose_index_promises_more_than_there_is_is_corrupt_not_short(tmp
     assert read_clip(path, 16, 3.0, 64).frames.shape == (16, 64, 64, 3)
     with pytest.raises(MediaError, match=r"of 8\.00 s") as refused:
         read_clip(data[: len(data) // 2], 16, 3.0, 64)
-    assert refused.value.reason == "corrupt"
+    assert refused.value.status == "corrupt"
 
 
 def test_sound_alone_is_not_media():
@@ -152,13 +152,13 @@ def test_sound_alone_is_not_media():
         output.mux(stream.encode())
     with pytest.raises(MediaError) as refused:
         read_clip(file.getvalue(), 16, 3.0, 64)
-    assert refused.value.reason == "not_media"
+    assert refused.value.status == "not_media"
 
 
 def test_pixels_of_videos_are_bounded():
     with pytest.raises(MediaError, match="96 x 64") as refused:
         read_clip(WHOLE, 16, 3.0, 64, max_pixels=6000)
-    assert refused.value.reason == "too_many_pixels"
+    assert refused.value.status == "too_many_pixels"
 
 
 def real(name):
@@ -185,7 +185,7 @@ def test_real_clips_that_are_too_short():
     for name in ("bigbuckbunny.mp4", "carphone_pristine.mp4"):
         with pytest.raises(MediaError) as refused:
             read_clip(str(real(name)), 16, 3.0, 256)
-        assert refused.value.reason == "too_short"
+        assert refused.value.status == "too_short"
 
 
 def saved(image, kind, **options):
@@ -237,11 +237,11 @@ def test_pixels_are_counted_before_they_are_decoded():
     for image, limit in ((bytes(data), 10**8), (bytes(data), 10**10), (saved(Image.new("L", (64, 65)), "PNG"), 4096)):
         with pytest.raises(MediaError) as refused:
             read_image(image, 64, max_pixels=limit)
-        assert refused.value.reason == "too_many_pixels"
+        assert refused.value.status == "too_many_pixels"
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "status"),
     [
         (saved(Image.effect_noise((64, 64), 50), "JPEG")[:800], "corrupt"),
         (saved(Image.effect_noise((64, 64), 50), "PNG")[:800], "corrupt"),
@@ -250,7 +250,7 @@ def test_pixels_are_counted_before_they_are_decoded():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_media"),  # would start Ghostscript
     ],
 )
-def test_broken_pictures(data, reason):
+def test_broken_pictures(data, status):
     with pytest.raises(MediaError) as refused:
         read_image(data, 64)
-    assert refused.value.reason == reason
+    assert refused.value.status == status

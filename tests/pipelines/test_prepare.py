@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
-from pipelines.ledger import funnel_text, read_funnel, read_ledger
+from pipelines.ledger import Entry, funnel_text, read_funnel
 from pipelines.media import read_clip, read_image
 from pipelines.prepare import prepare
 from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
@@ -67,7 +67,7 @@ def prepared(ray_session, corpus, vae, tmp_path_factory):
 
 def ledger(prepared, stream):
     folder = prepared.run_dir / "data/ledger" / stream
-    return [entry for path in sorted(folder.iterdir()) for entry in read_ledger(str(path))]
+    return [Entry(**row) for row in pq.read_table(folder).to_pylist()]
 
 
 def latents(prepared, stream):
