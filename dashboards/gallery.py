@@ -3,7 +3,6 @@
 frames: uint8 RGB [f, h, w, 3]
 """
 
-import io
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from t2v import storage
 
 AT_MOST = 18  # two players each; browsers bound how many a page may have, phones at a few dozen
 MAX_BYTES = 7_000_000  # of all clips in the page, so that the whole of it stays below 8 MB
-SHOWN_PX = 256  # smaller clips are enlarged by whole factors, so that their pixels stay square
+X264 = {"crf": "20", "preset": "veryfast"}
 CANDIDATES = 64  # real clips that are compared with a prompt that is no test caption
 
 
 @dataclass
-class Pair:
+class Card:
     """One prompt: the generated clip, and the real one nearest to it with the reason why it was chosen."""
 
     words: list[Word]
@@ -32,16 +31,16 @@ class Pair:
     nearest_by: str
 
 
-def gallery(run_dir: str, samples: Sequence[dict[str, Any]], scores: dict[str, Any], judged: bool) -> list[Pair]:
-    """Pairs for rows of samples/manifest.jsonl, spread evenly over them, few enough that the page stays small.
+def gallery(run_dir: str, samples: Sequence[dict[str, Any]], scores: dict[str, Any], judged: bool) -> list[Card]:
+    """Cards for rows of samples/manifest.jsonl, spread evenly over them, few enough that the page stays small.
 
     Where the judge of shapes was found reliable (`judged`), the prompts are marked with what it sees.
     """
     real = RealClips(run_dir, scores.get("inputs", {}))
-    pairs = [_pair(run_dir, row, real, judged) for row in evenly(samples, AT_MOST)]
-    while sum(len(pair.generated) + len(pair.real) for pair in pairs) > MAX_BYTES:
-        pairs = pairs[1::2]
-    return pairs
+    cards = [_card(run_dir, row, real, judged) for row in evenly(samples, AT_MOST)]
+    while sum(len(card.generated) + len(card.real) for card in cards) > MAX_BYTES:
+        cards = cards[1::2]
+    return cards
 
 
 def evenly(rows: Sequence[Any], at_most: int) -> list[Any]:
@@ -56,7 +55,6 @@ class RealClips:
     def __init__(self, run_dir: str, inputs: dict[str, Any]) -> None:
         own = storage.join(run_dir, "corpus", "test.csv")
         self._manifest = own if storage.exists(own) else inputs.get("test", "")
-        self._folder = self._manifest.rpartition("/")[0]  # relative paths are relative to it
         self._fps = inputs.get("real_fps", DataConfig().fps)
         self._rows = self._read_rows(inputs.get("columns", "msrvtt"))
         self._decoded: dict[str, np.ndarray | None] = {}
@@ -80,42 +78,33 @@ class RealClips:
 
     def _clip(self, path: str, frames: int, size: int) -> np.ndarray | None:
         """Frames of a test clip; None for one that cannot be read."""
+        from pipelines.manifests import beside
         from pipelines.media import MediaError, read_clip
 
         if path not in self._decoded:
-            whole = path if "://" in path or path.startswith("/") else storage.join(self._folder, path)
+            data = storage.read_bytes(beside(self._manifest, path))
             try:
-                self._decoded[path] = read_clip(storage.read_bytes(whole), frames, self._fps, size, "middle").frames
+                self._decoded[path] = read_clip(data, frames, self._fps, size, "middle").frames
             except (MediaError, OSError):
                 self._decoded[path] = None
         return self._decoded[path]
 
 
 def video_uri(frames: np.ndarray, fps: int) -> str:
-    """Encode frames as a data: URI that holds an H.264 mp4."""
-    import av
+    """A clip as a data: URI that holds an mp4."""
+    from pipelines.video import mp4_bytes
 
-    scale = max(1, SHOWN_PX // frames.shape[2])
-    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    large = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]  # yuv420p halves both sides
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = large.shape[2], large.shape[1], "yuv420p"
-        for picture in large:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return "data:video/mp4;base64," + b64encode(file.getvalue()).decode()
+    return "data:video/mp4;base64," + b64encode(mp4_bytes(frames, fps, X264)).decode()
 
 
-def _pair(run_dir: str, row: dict[str, Any], real: RealClips, judged: bool) -> Pair:
+def _card(run_dir: str, row: dict[str, Any], real: RealClips, judged: bool) -> Card:
     from pipelines.sampling import read_frames
 
     prompt, frames, fps = row["prompt"], read_frames(run_dir, row["key"]), row["fps"]
     words = proof(prompt, frames) if judged else [Word(prompt)]
     found = real.nearest(prompt, frames)
     shown, nearest_by = (video_uri(found[0], fps), found[1]) if found else ("", "")
-    return Pair(words, row["seed"], video_uri(frames, fps), shown, nearest_by)
+    return Card(words, row["seed"], video_uri(frames, fps), shown, nearest_by)
 
 
 def _distance(left: np.ndarray, right: np.ndarray) -> float:

@@ -19,6 +19,7 @@ from dashboards.curves import Chart, chart
 from dashboards.gallery import gallery
 from dashboards.verdicts import distances, heats
 from t2v import storage
+from t2v.digest import digest_of
 
 JOBS = ("train", "evaluate", "generate", "prepare_data")  # whose configuration is shown: the first that has run
 STREAMS = ("videos", "images")
@@ -92,7 +93,7 @@ def contents(run_dir: str) -> dict[str, Any]:
         "trained": {"samples": log[-1]["samples"], "seconds": sum(row["seconds"] for row in log)} if log else None,
         "funnel": {name: funnel[name] for name in STREAMS if name in funnel},
         "figures": figures(funnel, loss, scores),
-        "pairs": gallery(run_dir, samples, scores, judged=bool(confusion)),
+        "cards": gallery(run_dir, samples, scores, judged=bool(confusion)),
         "samples": samples,
         "scores": scores,
         "distances": distances(scores),
@@ -116,8 +117,7 @@ def resolved_config(run_dir: str) -> str:
 
 def config_hash(config: str) -> str:
     """The 16 hex digits that the jobs print for this configuration."""
-    values = json.dumps([yaml.safe_load(config)], sort_keys=True)
-    return hashlib.blake2b(values.encode(), digest_size=8).hexdigest()
+    return digest_of(yaml.safe_load(config))
 
 
 def facts(config: str) -> list[tuple[str, str]]:

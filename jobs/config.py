@@ -5,7 +5,6 @@ python jobs/train.py --config jobs/configs/nano.yaml --train.samples 20000
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from pipelines.config import CorpusConfig, DataConfig, EvaluateConfig
 from t2v import storage
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
+from t2v.digest import digest_of
 
 _PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -66,12 +66,6 @@ def parse(jobs_parser: ArgumentParser, arguments: list[str] | None = None) -> tu
         _refuse(" ".join(str(error).split()), jobs_parser)
 
 
-def digest(*parts: Any) -> str:
-    """16 hex digits that name the values of these dataclasses, and so whatever follows from them."""
-    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
-    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
 @contextmanager
 def job(name: str, config: Config) -> Iterator[None]:
     """Prints and keeps the resolved configuration; bad input ends the block with one line and exit code 2.
@@ -82,7 +76,7 @@ def job(name: str, config: Config) -> Iterator[None]:
     folder = storage.join(config.run_dir, "config")
     with storage.open_atomic(storage.join(folder, f"{name}.yaml")) as file:
         file.write(text.encode())
-    print(f"[{name}] configuration {digest(config)}, kept in {folder}/{name}.yaml", flush=True)
+    print(f"[{name}] configuration {digest_of(dataclasses.asdict(config))}, kept in {folder}/{name}.yaml", flush=True)
     try:
         yield
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

@@ -1,10 +1,6 @@
-"""Writes the miniature's corpus to disk as the web has it: mp4 and jpg files, two manifests, and rows that fail.
-
-`corpus.json` is written last: its presence means that the corpus is whole.
-"""
+"""Writes the miniature's corpus to disk as the web has it: mp4 and jpg files, two manifests, and rows that fail."""
 
 import csv
-import json
 import multiprocessing
 import os
 from collections import Counter
@@ -14,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import av
 import cv2
 import numpy as np
 import pyarrow as pa
@@ -22,17 +17,19 @@ import pyarrow.parquet as pq
 
 from pipelines.config import CorpusConfig
 from pipelines.shapes import COLOURS, Scene, caption, draw_scene, render
+from pipelines.video import write_mp4
 from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
+from t2v import storage
 
 
 def write_corpus(folder: str | Path, config: CorpusConfig, base_url: str) -> None:
     """Write clips, pictures, manifests and the test split, on all cores; base_url is where the folder is served.
 
-    `corpus.json` comes last, under a temporary name: where it is, the corpus is whole and a rerun returns at once.
+    `corpus.json` comes last: where it is, the corpus is whole and a rerun returns at once.
     ValueError for a folder that holds the corpus of another config or another base_url.
     """
     folder = Path(folder)
-    _check(config)
+    _check_colours(config)
     if _is_written(folder, config, base_url):
         return
     for name in ("videos", "images", "test", "faults"):
@@ -48,7 +45,7 @@ def write_corpus(folder: str | Path, config: CorpusConfig, base_url: str) -> Non
         videos |= {f"faults/{name}": videos["videos/000000.mp4"] for name in VIDEO_FAULTS}
         images |= {f"faults/{name}": images["images/000000.jpg"] for name in IMAGE_FAULTS}
     _write_webvid(folder / "webvid.csv", _shuffled(videos, config.seed), base_url)
-    _write_laion(folder / "laion.parquet", _shuffled(images, config.seed), base_url)
+    _write_laion(folder / "laion.parquet", _shuffled(images, config.seed), base_url, config.seed)
     _write_msrvtt(folder / "test.csv", test)
     _write_summary(folder / "corpus.json", config, base_url, len(videos), len(images))
 
@@ -56,26 +53,24 @@ def write_corpus(folder: str | Path, config: CorpusConfig, base_url: str) -> Non
 def corpus_port(folder: str | Path) -> int:
     """The port that a written corpus's manifests point at, for a server to take again; 0 where there is none."""
     path = Path(folder) / "corpus.json"
-    return json.loads(path.read_text())["port"] if path.exists() else 0
+    return storage.read_json(str(path))["port"] if path.exists() else 0
 
 
-def _check(config: CorpusConfig) -> None:
+def _check_colours(config: CorpusConfig) -> None:
     unknown = set(config.picture_only_colours) - set(COLOURS)
     if unknown:
-        raise ValueError(f"picture_only_colours: no such colour: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"corpus.picture_only_colours: no such colour: {', '.join(sorted(unknown))}; there are {', '.join(COLOURS)}"
+        )
     if set(config.picture_only_colours) == set(COLOURS):
-        raise ValueError("picture_only_colours: all colours are named, which leaves none for the clips")
-    if config.width % 2 or config.height % 2:
-        raise ValueError(f"width, height: {config.width} x {config.height}, but H.264 needs even sizes")
-    if config.faults and not (config.clips and config.pictures):
-        raise ValueError("faults: these rows need at least one clip and one picture")
+        raise ValueError("corpus.picture_only_colours: all colours are named, which leaves none for the clips")
 
 
 def _is_written(folder: Path, config: CorpusConfig, base_url: str) -> bool:
     path = folder / "corpus.json"
     if not path.exists():
         return False
-    summary = json.loads(path.read_text())
+    summary = storage.read_json(str(path))
     found = summary["config"] | {"base_url": summary["base_url"]}
     wanted = asdict(config) | {"base_url": base_url}
     changed = [f"{name} is {found.get(name)!r}" for name, value in wanted.items() if found.get(name) != value]
@@ -96,15 +91,9 @@ def _write_clips(folder: Path, clips: dict[str, Scene]) -> None:
 
 
 def _write_clip(path: Path, scene: Scene) -> None:
-    """H.264 in mp4; the index comes last in the file, and the bytes are the same each time."""
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=scene.fps, options={"preset": "veryfast", "crf": "18", "g": "48"})
-        stream.height, stream.width, stream.pix_fmt = scene.height, scene.width, "yuv420p"
-        stream.codec_context.thread_count = 1
-        for k in range(round(scene.duration_s * scene.fps)):
-            frame = render(scene, k / scene.fps, scene.height, scene.width)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    times_s = (k / scene.fps for k in range(round(scene.duration_s * scene.fps)))
+    frames = (render(scene, t_s, scene.height, scene.width) for t_s in times_s)
+    write_mp4(str(path), frames, scene.fps, {"preset": "veryfast", "crf": "18", "g": "48"})
 
 
 def _write_picture(path: Path, scene: Scene) -> None:
@@ -148,8 +137,8 @@ def _write_webvid(path: Path, rows: list[tuple[str, Scene]], base_url: str) -> N
     _write_csv(path, [("videoid", "contentUrl", "page_dir", "name", "duration"), *lines])
 
 
-def _write_laion(path: Path, rows: list[tuple[str, Scene]], base_url: str) -> None:
-    rng = np.random.default_rng(0)
+def _write_laion(path: Path, rows: list[tuple[str, Scene]], base_url: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     columns = {
         "URL": [f"{base_url}/{name}" for name, _ in rows],
         "TEXT": [caption(scene) for _, scene in rows],
@@ -181,6 +170,4 @@ def _write_summary(path: Path, config: CorpusConfig, base_url: str, videos: int,
             for stream, faults in expected.items()
         },
     }
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(summary, indent=2))
-    partial.replace(path)
+    storage.write_json(str(path), summary)

@@ -13,7 +13,8 @@ import numpy as np
 from pipelines.config import DataConfig, EvaluateConfig
 from pipelines.judge import judge
 from pipelines.media import MediaError, read_clip
-from pipelines.sampling import actor_pool, quieten, read_frames
+from pipelines.ray_data import actor_pool, quieten, tell_if_too_small
+from pipelines.sampling import read_frames
 from pipelines.shapes import Fields
 from t2v import storage
 from t2v.config import SampleConfig
@@ -52,6 +53,7 @@ def extract(
     """Features of all pairs, as they come, in no order."""
     import ray.data
 
+    tell_if_too_small("evaluate", sample.cpus_per_worker, sample.gpus_per_worker, "one worker (sample) needs them")
     rows = [{"index": index, "real": pair.real, "key": pair.key} for index, pair in enumerate(pairs)]
     measured = ray.data.from_items(rows).map(
         Extractor,  # type: ignore[arg-type]  # a class: one a worker

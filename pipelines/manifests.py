@@ -13,6 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from t2v import storage
+from t2v.digest import digest_of
 
 # Our column <- theirs; the first name that a manifest has is taken. Only url and caption must be there.
 COLUMN_MAPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -131,6 +132,13 @@ def read_shard(path: str, index: int) -> list[dict]:
         return pq.ParquetFile(file).read_row_group(index).to_pylist()
 
 
+def beside(manifest: str, path: str) -> str:
+    """Where a path of a manifest leads: relative ones are relative to the manifest's own folder."""
+    if "://" in path or path.startswith("/"):
+        return path
+    return storage.join(manifest.rpartition("/")[0] or ".", path)
+
+
 def _column_names(path: str) -> list[str]:
     kind = _kind(path)
     with _naming(path), storage.open_read(path) as file:
@@ -231,5 +239,4 @@ def _tables(batches: Iterable[pa.RecordBatch], shard_rows: int) -> Iterator[pa.T
 
 def _digest(table: pa.Table) -> str:
     """Stands for the rows of a shard: what was asked for and what it is called."""
-    rows = zip(table.column("row_id").to_pylist(), table.column("caption").to_pylist(), strict=True)
-    return hashlib.blake2b(json.dumps(list(rows)).encode(), digest_size=8).hexdigest()
+    return digest_of(list(zip(table["row_id"].to_pylist(), table["caption"].to_pylist(), strict=True)))

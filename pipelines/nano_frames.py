@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 
 from pipelines.config import CorpusConfig
 from pipelines.shapes import Scene, draw_scene, render
+from pipelines.video import write_mp4
 
 SIZE = 64  # pixels
 REAL_SIZE = 96  # pixels; more than SIZE, so that training can crop the real frames anew each time
@@ -69,13 +70,7 @@ def _widened(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def _through_h264(clip: list[np.ndarray]) -> list[np.ndarray]:
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=8, options={"crf": "20"})
-        stream.height, stream.width = clip[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for frame in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode())
+    write_mp4(buffer, clip, fps=8, options={"crf": "20"})
     buffer.seek(0)
     with av.open(buffer, "r") as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

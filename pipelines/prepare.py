@@ -6,9 +6,6 @@ so running this again makes what is missing and nothing else.
 """
 
 import asyncio
-import hashlib
-import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,8 +18,10 @@ from pipelines.config import DataConfig, FetchConfig, StreamConfig
 from pipelines.fetch import fetch_all
 from pipelines.ledger import PLAN, Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, normalise, read_shard
+from pipelines.ray_data import quieten, tell_if_too_small
 from t2v import storage
 from t2v.config import Stream
+from t2v.digest import digest_of
 from t2v.shards import Shard, encoder_id, info_from_json, write_index
 
 _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.string(), "seconds": pa.float32()}
@@ -38,7 +37,7 @@ class StreamPlan:
 
     @property
     def names(self) -> list[str]:
-        digests = [_hash([digest, self.data_hash]) for _, digest in self.manifest.shards]
+        digests = [digest_of([digest, self.data_hash], digits=12) for _, digest in self.manifest.shards]
         return [f"{index:06d}-{digest}" for index, digest in enumerate(digests)]
 
     def missing(self, data_dir: str) -> Iterator[dict]:
@@ -62,7 +61,7 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     storage.write_json(storage.join(data_dir, PLAN), {plan.stream: plan.names for plan in plans})
     tasks = [task for plan in plans for task in plan.missing(data_dir)]
     total = sum(len(plan.names) for plan in plans)
-    print(f"[prepare] {total - len(tasks)}/{total} shards are done already", flush=True)
+    print(f"[prepare_data] {total - len(tasks)}/{total} shards are done already", flush=True)
     if tasks:
         settings = {
             "data_dir": data_dir,
@@ -74,7 +73,7 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
         rows, ok = 0, 0
         for done, made in enumerate(_make(tasks, data, settings), start=total - len(tasks) + 1):
             rows, ok = rows + made["rows"], ok + made["ok"]
-            print(f"[prepare] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
+            print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
     return _finish(data_dir, plans)
 
 
@@ -106,8 +105,9 @@ def _make(tasks: list[dict], data: DataConfig, settings: dict[str, Any]) -> Iter
 
     from pipelines.encode import ShardEncoder
 
-    _quieten(ray.data.DataContext.get_current())
-    _tell_if_too_small(data)
+    cpus = data.encode.cpus_per_worker + data.fetch.cpus_per_task
+    what = "one encoder (data.encode) with one download (data.fetch) needs them"
+    tell_if_too_small("prepare_data", cpus, data.encode.gpus_per_worker, what)
     made = (
         ray.data.from_items(tasks, override_num_blocks=len(tasks))
         .map_batches(
@@ -127,34 +127,9 @@ def _make(tasks: list[dict], data: DataConfig, settings: dict[str, Any]) -> Iter
             num_gpus=data.encode.gpus_per_worker,
         )
     )
+    quieten(made)
     for summaries in made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from summaries.to_pylist()  # type: ignore[union-attr]
-
-
-def _quieten(context: Any) -> None:
-    """Progress is one line a shard; Ray Data's own bars and plans would drown it in a job's log."""
-    context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # which says that there are no bars
-
-
-def _tell_if_too_small(data: DataConfig) -> None:
-    """A cluster without room for one encoder and one download would wait for ever, unless it is still growing."""
-    import ray
-
-    if not ray.is_initialized():
-        ray.init()
-    needed = {"CPU": data.encode.cpus_per_worker + data.fetch.cpus_per_task, "GPU": data.encode.gpus_per_worker}
-    there = ray.cluster_resources()
-    for kind, amount in needed.items():
-        if there.get(kind, 0) < amount:
-            print(
-                f"[prepare] waiting for {amount:g} {kind}s: the cluster has {there.get(kind, 0):g}, and one encoder "
-                f"(data.encode) with one download (data.fetch) needs more",
-                flush=True,
-            )
 
 
 def _plans(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[StreamPlan]:
@@ -180,11 +155,7 @@ def _settings_hash(stream: Stream, data: DataConfig, encoder: str, seed: int) ->
     }
     if stream == "videos":
         settings |= {"frames": data.frames, "fps": data.fps, "seed": seed}
-    return _hash(settings)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return digest_of(settings, digits=12)
 
 
 def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:

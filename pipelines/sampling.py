@@ -11,22 +11,23 @@ settings. Nothing else enters: batches, workers and their order change no pixel 
     b videos    f frames    y x pixels
 """
 
-import hashlib
 import io
 import json
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 
 from pipelines.prompts import Prompt, read_prompts
+from pipelines.ray_data import actor_pool, quieten, tell_if_too_small
+from pipelines.video import mp4_bytes
 from t2v import storage
 from t2v.config import DiffusionConfig, SampleConfig, TextConfig
+from t2v.digest import digest_of
+from t2v.shards import WEIGHTS
 
-_WATCHABLE_PIXELS = 256  # smaller videos are enlarged in their mp4
+_X264 = {"crf": "10"}  # near enough to lossless to be looked at closely
 _VAE_DOWNSAMPLING = 8
 
 
@@ -67,18 +68,18 @@ def sampler_settings(config: SampleConfig, size: int) -> dict[str, Any]:
 
 def model_id(folder: str) -> str:
     """Hash of all that an exported model turns prompts into frames by: the weights of UNet and VAE, and t2v.json."""
-    parts = [storage.join(folder, part, "diffusion_pytorch_model.safetensors") for part in ("unet", "vae")]
+    parts = [storage.join(folder, part, WEIGHTS) for part in ("unet", "vae")]
     settings = storage.join(folder, "t2v.json")
     for path in (*parts, settings):
         if not storage.exists(path):
             raise FileNotFoundError(f"{path}: no such file, so {folder} is no exported model; run jobs/train.py first")
     config = storage.read_json(settings)
-    return _hash([*map(storage.digest, parts), config["text"], config["diffusion"]])
+    return digest_of([*map(storage.digest, parts), config["text"], config["diffusion"]])
 
 
 def sample_key(model: str, prompt: Prompt, settings: dict[str, Any]) -> str:
     """The name of a video's files: 16 hex digits, whatever the prompt says."""
-    return _hash([model, prompt.text, prompt.seed, settings])
+    return digest_of([model, prompt.text, prompt.seed, settings])
 
 
 def read_frames(run_dir: str, key: str) -> np.ndarray:
@@ -87,55 +88,17 @@ def read_frames(run_dir: str, key: str) -> np.ndarray:
         return arrays["frames"]
 
 
-def actor_pool(config: SampleConfig, batches: int) -> dict[str, Any]:
-    """How Ray Data runs a stage whose actors hold networks: no more of them than there are batches."""
-    import ray.data
-
-    workers = min(config.workers, batches)
-    return {
-        # One batch at a time each: a second one queued would wait while another actor has none.
-        "compute": ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        "num_gpus": config.gpus_per_worker,
-        "num_cpus": config.cpus_per_worker,
-    }
-
-
-def quieten(dataset: Any) -> None:
-    """Turns off Ray Data's bars and plans, in which the lines of progress would drown."""
-    dataset.context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # which says that there are no bars
-
-
 def write_manifest(folder: str) -> None:
     """Gathers all records of a samples folder into its manifest.jsonl, sorted by key."""
     paths = [storage.join(folder, name) for name in storage.listing(folder, ".json")]
     records = [json.loads(data) for data in storage.read_many(paths)]
-    with storage.open_atomic(storage.join(folder, "manifest.jsonl")) as file:
-        file.write("".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode())
-
-
-def mp4_bytes(frames: np.ndarray, fps: int) -> bytes:
-    """Frames uint8 [f, y, x, 3] as H.264, yuv420p, near enough to lossless to be looked at closely.
-
-    Videos narrower than 256 pixels are enlarged by a whole factor, every pixel to a square.
-    """
-    factor = -(-_WATCHABLE_PIXELS // frames.shape[2])
-    large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
-        stream.height, stream.width, stream.pix_fmt = large.shape[1], large.shape[2], "yuv420p"
-        for frame in large:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+    storage.write_lines(storage.join(folder, "manifest.jsonl"), records)
 
 
 class Sampler:
-    """A Ray actor that holds the three networks and writes what it samples, record last."""
+    """The three networks of an exported model, on this process's GPU if the configuration gives it one."""
 
-    def __init__(self, folder: str, model_folder: str, model: str, config: SampleConfig, size: int) -> None:
+    def __init__(self, model_folder: str, config: SampleConfig, size: int) -> None:
         import torch
 
         from t2v.diffusion import Diffusion
@@ -144,29 +107,18 @@ class Sampler:
 
         described = storage.read_json(storage.join(model_folder, "t2v.json"))
         on_gpu = config.gpus_per_worker > 0 and torch.cuda.is_available()
-        self._device = torch.device("cuda" if on_gpu else "cpu")
+        device = torch.device("cuda" if on_gpu else "cpu")
         self._dtype = torch.float16 if on_gpu else torch.float32  # as the public code samples
-        self._unet = read_unet(model_folder).to(self._device, self._dtype)
-        self._vae = load_vae(storage.local_path(storage.join(model_folder, "vae")), self._device)
-        self._text = load_text(TextConfig(**described["text"]), self._device)
+        self._unet = read_unet(model_folder).to(device, self._dtype)
+        self._vae = load_vae(storage.local_path(storage.join(model_folder, "vae")), device)
+        self._text = load_text(TextConfig(**described["text"]), device)
         self._diffusion = Diffusion(DiffusionConfig(**described["diffusion"]))
         self._empty = self._text.encode([""]).to(self._dtype)
-        self._folder, self._model, self._config = folder, model, config
-        self._settings = sampler_settings(config, size)
+        self._config = config
         self._shape = (self._unet.config.channels, config.frames, size // _VAE_DOWNSAMPLING, size // _VAE_DOWNSAMPLING)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows (key, text, seed) -> the keys, once their files are written."""
-        start = time.perf_counter()
-        prompts = [Prompt(str(text), int(seed)) for text, seed in zip(batch["text"], batch["seed"], strict=True)]
-        clips = self.sample(prompts)
-        seconds = (time.perf_counter() - start) / len(prompts)
-        for key, prompt, frames in zip(batch["key"], prompts, clips, strict=True):
-            self._write(str(key), prompt, frames, seconds)
-        return {"key": batch["key"]}
-
     def sample(self, prompts: list[Prompt]) -> np.ndarray:
-        """The videos of prompts, uint8 [b, f, y, x, 3]; nothing is written."""
+        """The videos of prompts, uint8 [b, f, y, x, 3]."""
         from t2v.sampler import sample
 
         text = self._text.encode([prompt.text for prompt in prompts]).to(self._dtype)
@@ -174,21 +126,34 @@ class Sampler:
         latents = sample(self._unet, text, self._empty, self._shape, seeds, self._config, self._diffusion)
         return self._vae.decode(latents).cpu().numpy()
 
+
+class SampleWriter:
+    """A Ray actor that samples videos and writes each one's files, its record last."""
+
+    def __init__(self, folder: str, model_folder: str, model: str, config: SampleConfig, size: int) -> None:
+        self._sampler = Sampler(model_folder, config, size)
+        self._folder, self._fps = folder, config.fps
+        self._about = {"model": model, **sampler_settings(config, size)}
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows (key, text, seed) -> the keys, once their files are written."""
+        start = time.perf_counter()
+        prompts = [Prompt(str(text), int(seed)) for text, seed in zip(batch["text"], batch["seed"], strict=True)]
+        clips = self._sampler.sample(prompts)
+        seconds = (time.perf_counter() - start) / len(prompts)
+        for key, prompt, frames in zip(batch["key"], prompts, clips, strict=True):
+            self._write(str(key), prompt, frames, seconds)
+        return {"key": batch["key"]}
+
     def _write(self, key: str, prompt: Prompt, frames: np.ndarray, seconds: float) -> None:
-        record = {
-            "key": key,
-            "prompt": prompt.text,
-            "seed": prompt.seed,
-            "file": f"{key}.mp4",
-            "model": self._model,
-            "seconds": round(seconds, 3),
-            **self._settings,
-        }
+        record = {"key": key, "prompt": prompt.text, "seed": prompt.seed, "file": f"{key}.mp4"}
         with storage.open_atomic(storage.join(self._folder, f"{key}.npz")) as file:
             np.savez_compressed(file, frames=frames)
         with storage.open_atomic(storage.join(self._folder, f"{key}.mp4")) as file:
-            file.write(mp4_bytes(frames, self._config.fps))
-        storage.write_json(storage.join(self._folder, f"{key}.json"), record)
+            file.write(mp4_bytes(frames, self._fps, _X264))
+        storage.write_json(
+            storage.join(self._folder, f"{key}.json"), record | self._about | {"seconds": round(seconds, 3)}
+        )
 
 
 def _fill(
@@ -196,9 +161,11 @@ def _fill(
 ) -> None:
     import ray.data
 
+    what = "one worker (sample) needs them"
+    tell_if_too_small("generate", config.cpus_per_worker, config.gpus_per_worker, what)
     rows = [{"key": sample.key, "text": sample.prompt.text, "seed": sample.prompt.seed} for sample in missing]
     made = ray.data.from_items(rows).map_batches(
-        Sampler,
+        SampleWriter,
         fn_constructor_args=(folder, model_folder, model, config, size),
         batch_size=config.batch,
         **actor_pool(config, batches=-(-len(rows) // config.batch)),
@@ -208,7 +175,3 @@ def _fill(
     for batch in made.iter_batches(batch_size=None, prefetch_batches=0):
         done += len(batch["key"])
         print(f"[generate] {done}/{total} videos", flush=True)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 from pipelines.config import DataConfig, EvaluateConfig
 from pipelines.evidence import NetworkScores, Row, shapes
 from pipelines.features import Pair, embed_texts, extract
-from pipelines.manifests import read_manifest
+from pipelines.manifests import beside, read_manifest
 from pipelines.prompts import Prompt
 from pipelines.sampling import generate, model_id, sampler_settings
 from pipelines.shapes import Fields, parse_caption
@@ -63,7 +63,7 @@ def evaluate(
 def choose(config: EvaluateConfig) -> list[tuple[str, str]]:
     """(path, caption) of `config.clips` test clips, with one of each one's captions, drawn by `config.seed`.
 
-    The draw does not depend on the order of the manifest's rows. Paths in it are relative to its own folder.
+    The draw does not depend on the order of the manifest's rows. `beside` tells what its paths are relative to.
     """
     assert config.test is not None
     captions: dict[str, list[str]] = {}
@@ -74,7 +74,7 @@ def choose(config: EvaluateConfig) -> list[tuple[str, str]]:
         raise ValueError(f"evaluate.clips: {config.clips} are asked for, but {config.test} has {len(captions)}")
     rng = np.random.default_rng(config.seed)
     paths = rng.choice(sorted(captions), config.clips, replace=False).tolist()
-    return [(_beside(config.test, path), str(rng.choice(sorted(captions[path])))) for path in paths]
+    return [(beside(config.test, path), str(rng.choice(sorted(captions[path])))) for path in paths]
 
 
 def table(scores: dict[str, Any]) -> str:
@@ -151,12 +151,6 @@ def _measure(
         raise ValueError(f"evaluate.test: only {len(seen)} of {len(pairs)} clips can be read; {left_out[0]}")
     rows = totals.rows(ray.get(texts)[0], config.seed) if totals else []
     return _Measured(rows, dict(sorted(seen.items())), left_out)
-
-
-def _beside(manifest: str, path: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path
-    return storage.join(manifest.rpartition("/")[0] or ".", path)
 
 
 def _aligned(rows: list[Row], columns: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A folder is served as it is, but for the names below, which misbehave under /faults/. Beside each name stands the
 status in which its row of a manifest must end; "ok" is the first clip or picture after a detour. Files that are
-broken in themselves (truncated, empty, short, huge) are written by pipelines/shapes.py.
+broken in themselves (truncated, empty, short, huge) are written by pipelines/corpus.py.
 """
 
 import argparse

@@ -7,7 +7,6 @@ CLIPSIM, and none compares with a published table.
     n frames or texts    b clips    f frames of a clip    h w pixels    k classes (1000)    d width    l tokens
 """
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from t2v import storage
 
 _PACKAGES = {  # and the weights inside
     "efficientnet_lite_pytorch": "",
@@ -37,7 +38,7 @@ class Identity(NamedTuple):
 
 def identities() -> dict[str, Identity]:
     """The networks for frames, clips and text. Raises ModuleNotFoundError where one of their packages is missing."""
-    frames, clips, text = (_file_hash(_inside(package)) for package in list(_PACKAGES)[1:])
+    frames, clips, text = (storage.digest(str(_inside(package))) for package in list(_PACKAGES)[1:])
     return {
         "frames": Identity(FrameNetwork.name, frames),
         "clips": Identity(ClipNetwork.name, clips),
@@ -159,10 +160,6 @@ def _inside(package: str) -> Path:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"stand-in networks need {name}: pip install '.[standins]'", name=name)
     return Path(find_spec(package).submodule_search_locations[0]) / _PACKAGES[package]  # type: ignore[union-attr,index]
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def _resized(frames: Tensor, height: int, width: int) -> Tensor:

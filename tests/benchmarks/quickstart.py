@@ -15,7 +15,7 @@ import psutil
 from header import PROJECT, PYTHON, header
 
 KILLS = {  # kill when a job's log says so
-    "prepare_data": r"\[prepare\] [3-9]/\d+ shards",
+    "prepare_data": r"\[prepare_data\] [3-9]/\d+ shards",
     "train": r"\[train\] 1,\d+/",
     "generate": r"\[generate\] [1-9]\d*/",
     "evaluate": r"\[evaluate\] [1-9]\d*/\d+ clips",

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from dashboards import gallery
 from dashboards.report import config_hash, resolved_config, write_report
-from jobs.config import Config, digest
+from jobs.config import Config
+from t2v.digest import digest_of
 from tests.dashboards.browser import Page, find_chromium, tab
 from tests.dashboards.conftest import HOSTILE
 
@@ -82,8 +84,8 @@ def test_page_shows_every_part_of_the_run(page: str) -> None:
 
 
 def test_configuration_is_shown_under_the_hash_that_the_jobs_print(run_dir: Path, page: str) -> None:
-    assert config_hash(resolved_config(str(run_dir))) == digest(Config())
-    assert digest(Config()) in page
+    assert config_hash(resolved_config(str(run_dir))) == digest_of(asdict(Config()))
+    assert digest_of(asdict(Config())) in page
 
 
 def test_a_run_that_has_made_nothing_yet_is_told_in_words(tmp_path: Path) -> None:
