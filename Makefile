@@ -1,4 +1,6 @@
 # Every target sets up what it needs; PYTHON=... chooses another interpreter.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -18,6 +18,15 @@ class CorpusConfig:
     faults: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "clips", "pictures", "test_clips", "seed")
+        _at_least(2, self, "width", "height")
+        for name in ("width", "height"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name}: {getattr(self, name)} is odd, but H.264 needs even sizes")
+        if self.faults and not (self.clips and self.pictures):
+            raise ValueError("faults: true, but these rows need at least one clip and one picture")
+
 
 @dataclass
 class StreamConfig:
@@ -31,8 +40,7 @@ class StreamConfig:
     shard_rows: int = 100
 
     def __post_init__(self) -> None:
-        if self.shard_rows < 1:
-            raise ValueError(f"shard_rows: {self.shard_rows} is below 1")
+        _at_least(1, self, "shard_rows")
 
 
 @dataclass
@@ -56,13 +64,14 @@ class FetchConfig:
     cpus_per_task: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "per_host", "timeout_s", "max_bytes", "max_pixels", "cpus_per_task"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
-        if self.retries < 0 or self.max_redirects < 0:
-            raise ValueError("retries and max_redirects must not be negative")
+        _at_least(1, self, "concurrency", "per_host", "max_bytes", "max_pixels")
+        _at_least(0, self, "retries", "max_redirects")
+        _above_zero(self, "timeout_s", "cpus_per_task")
         for network in self.allow_networks:
-            ipaddress.ip_network(network)
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"allow_networks: {error}; a network is written like 127.0.0.0/8") from None
 
 
 @dataclass
@@ -75,8 +84,9 @@ class EncodeConfig:
     batch_frames: int = 64
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.batch_frames < 1:
-            raise ValueError("workers and batch_frames must be at least 1")
+        _at_least(1, self, "workers", "batch_frames")
+        _at_least(0, self, "gpus_per_worker")
+        _above_zero(self, "cpus_per_worker")
 
 
 @dataclass
@@ -95,8 +105,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
             raise ValueError(f"size: {self.size} is no multiple of 8, the VAE's downsampling")
-        if self.frames < 1 or self.fps <= 0:
-            raise ValueError("frames must be at least 1 and fps above 0")
+        _at_least(1, self, "frames")
+        _above_zero(self, "fps")
 
 
 @dataclass
@@ -109,3 +119,19 @@ class EvaluateConfig:
     seed: int = 0
     networks: Literal["standins", "none"] = "standins"
     judge_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "clips")
+        _at_least(0, self, "seed")
+
+
+def _at_least(least: int, config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}: {getattr(config, name)} is below {least}")
+
+
+def _above_zero(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}: {getattr(config, name)} is not above 0")

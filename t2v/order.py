@@ -2,7 +2,7 @@
 
 The row groups of a stream, permuted anew each epoch and put end to end, are one endless sequence. Lane l of L
 (t2v/mix.py: one lane a slot) takes the groups l, l + L, l + 2L, ... of it, and shuffles their rows within windows.
-So every group is read once an epoch and by one rank, and a run continues exactly on another world size.
+So every group is read once an epoch and by one rank, and the order is the same on any number of ranks.
 """
 
 import hashlib

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from jobs.config import digest, job, parse, parser
+from jobs.config import job, parse, parser
+from t2v.digest import digest_of
 from t2v.mix import plan_step
 
 PROJECT = Path(__file__).parents[2]
@@ -51,7 +53,8 @@ def test_overrides_come_last_and_the_digest_follows_the_values() -> None:
     changed, _ = parse(parser(""), [*nano, "--train.learning_rate", "0.5", "--run_dir", "/tmp/elsewhere"])
     assert plain.train.learning_rate != changed.train.learning_rate == 0.5
     assert changed.data.videos.manifest == "/tmp/elsewhere/corpus/webvid.csv"
-    assert digest(plain) == digest(parse(parser(""), nano)[0]) != digest(changed)
+    again, _ = parse(parser(""), nano)
+    assert digest_of(asdict(plain)) == digest_of(asdict(again)) != digest_of(asdict(changed))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,11 @@ def test_overrides_come_last_and_the_digest_follows_the_values() -> None:
         (["--data.size", "60"], "data.size: 60 is no multiple of 8"),
         (["--train.mix.slots", "9"], "train.mix.slots: 9 is no multiple of image_every (8)"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--data.fetch.allow_networks", "[home]"], "data.fetch.allow_networks: 'home' does not appear to be"),
+        (["--data.fetch.retries", "-1"], "data.fetch.retries: -1 is below 0"),
+        (["--data.fps", "0"], "data.fps: 0.0 is not above 0"),
+        (["--corpus.width", "191"], "corpus.width: 191 is odd"),
+        (["--evaluate.clips", "0"], "evaluate.clips: 0 is below 1"),
     ],
 )
 def test_bad_values_are_one_line_that_names_the_key(
