@@ -38,6 +38,12 @@ def exists(path: str) -> bool:
     return filesystem.exists(inner)
 
 
+def is_file(path: str) -> bool:
+    """Whether `path` is a file, links followed."""
+    filesystem, inner = _resolve(path)
+    return filesystem.isfile(inner)
+
+
 def listing(folder: str, suffix: str = "") -> list[str]:
     """Sorted names of the files in `folder` that end in `suffix`; a folder that does not exist is empty.
 
