@@ -23,6 +23,7 @@ from pipelines.config import CorpusConfig, DataConfig, EvaluateConfig
 from t2v import storage
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from t2v.digest import digest_of
+from t2v.tracking import tracking_uri
 
 _PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -70,22 +71,32 @@ def parse(jobs_parser: ArgumentParser, arguments: list[str] | None = None) -> tu
 def job(name: str, config: Config) -> Iterator[None]:
     """Prints and keeps the resolved configuration; bad input ends the block with one line and exit code 2.
 
-    The traceback behind that line is kept beside the configuration.
+    The traceback behind that line is kept beside the configuration. A run folder that cannot be written, or that has no
+    place for MLflow's runs, ends the process before the block begins.
     """
-    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
     folder = storage.join(config.run_dir, "config")
-    with storage.open_atomic(storage.join(folder, f"{name}.yaml")) as file:
-        file.write(text.encode())
+    try:
+        tracking_uri(config.run_dir)
+        _keep(storage.join(folder, f"{name}.yaml"), config)
+    except (ValueError, OSError, ImportError) as error:  # fsspec's word for an object store whose package is missing
+        print(f"error: run_dir {config.run_dir}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(f"[{name}] configuration {digest_of(dataclasses.asdict(config))}, kept in {folder}/{name}.yaml", flush=True)
     try:
         yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         if type(error).__name__.startswith("RayTaskError"):
             raise
         with storage.open_atomic(storage.join(folder, f"{name}.traceback.txt")) as file:
             file.write(traceback.format_exc().encode())
         print(f"error: {error} (traceback in {folder}/{name}.traceback.txt)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _keep(path: str, config: Config) -> None:
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+    with storage.open_atomic(path) as file:
+        file.write(text.encode())
 
 
 def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:

@@ -14,18 +14,10 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from t2v import storage
+from t2v.tracking import tracking_uri
 
 EXPERIMENT = "t2v"
 log = logging.getLogger(__name__)
-
-
-def tracking_uri(run_dir: str) -> str:
-    """Where the runs of this folder are kept: MLFLOW_TRACKING_URI, else SQLite in the folder."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    if not storage.is_local(run_dir):
-        raise ValueError(f"run_dir: {run_dir} is remote, where SQLite cannot live: set MLFLOW_TRACKING_URI to a server")
-    return f"sqlite:///{storage.local_path(run_dir)}/mlflow.db"
 
 
 class Record:
@@ -51,7 +43,8 @@ class Record:
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Keeps rows as a table (`name` ends in .json) that the run's page shows."""
-        columns = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
+        keys = dict.fromkeys(key for row in rows for key in row)  # rows of several kinds may share a table
+        columns = {key: [row.get(key) for row in rows] for key in keys}
         self._try(lambda: self._client.log_table(self.run_id, columns, name))
 
     def file(self, path: str, folder: str) -> None:

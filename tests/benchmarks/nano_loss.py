@@ -4,6 +4,7 @@ python tests/benchmarks/nano_loss.py FOLDER
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,16 @@ PRESET = ["--config", "jobs/configs/nano.yaml", "--run_dir"]
 
 
 def job(name: str, run_dir: Path, *arguments: str) -> None:
+    """Runs a job on a Ray of its own, whatever else runs here; its output goes to a file beside `run_dir`."""
     command = [PYTHON, f"jobs/{name}.py", *PRESET, str(run_dir), *arguments]
-    subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}
+    with run_dir.with_name(f"{run_dir.name}-{name}.log").open("w") as log:
+        subprocess.run(command, cwd=PROJECT, env=environment, check=True, stdout=log, stderr=subprocess.STDOUT)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
     print(header(), flush=True)
     job("prepare_data", folder / "data")
     for seed in SEEDS:

@@ -112,6 +112,29 @@ def test_a_relative_run_dir_within_rays_copy_is_refused(
     assert parse(parser(""), ["--run_dir", "s3://bucket/run"])[0].run_dir == "s3://bucket/run"
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "said"),
+    [
+        ("s3://bucket/run", "set MLFLOW_TRACKING_URI to a server"),
+        ("/dev/null/run", "Not a directory"),
+        ("nowhere://run", "nowhere"),
+    ],
+)
+def test_a_run_folder_that_cannot_work_is_told_before_anything_is_done(
+    run_dir: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if run_dir.startswith("nowhere"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    config, _ = parse(parser(""), ["--run_dir", run_dir])
+    begun = False
+    with pytest.raises(SystemExit) as stopped, job("train", config):
+        begun = True
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and not begun
+    assert error.startswith(f"error: run_dir {run_dir}: ") and error.count("\n") == 1 and said in error
+
+
 def test_a_job_keeps_its_configuration_and_says_bad_input_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
