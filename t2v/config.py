@@ -1,5 +1,6 @@
 """What the model, its training and its sampling can be told; every default is the paper's (arXiv 2308.06571)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,14 +47,36 @@ class TextConfig:
 
 @dataclass
 class DiffusionConfig:
-    """Forward process and target (paper 3.1, eq. 5; betas: reference schedule `scaled_linear` of SD 2.1)."""
+    """Forward process and target (paper 3.1, eq. 5; betas: reference schedule `scaled_linear` of SD 2.1).
+
+    The paper does without the options below `caption_dropout`. `prediction: v` learns the velocity (Salimans and Ho,
+    2202.00512). `min_snr_gamma`, often 5, bounds the weight of easy timesteps (Hang et al., 2303.09556).
+    `offset_noise`, often 0.1, is the deviation of noise that a channel of a frame shares, so that its mean is learnt
+    too. `zero_terminal_snr` leaves no signal at the last timestep, where sampling begins (Lin et al., 2305.08891);
+    with `min_snr_gamma` that timestep has weight zero and learns from its neighbours alone.
+    """
 
     timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     caption_dropout: float = 0.1
+    prediction: Literal["eps", "v"] = "eps"
+    min_snr_gamma: float | None = None
+    offset_noise: float = 0.0
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction: {self.prediction!r} is none of eps, v")
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "zero_terminal_snr: with prediction eps the last timestep's input is its own target, nothing is learnt "
+                "there and no sample can start from it; set prediction to v"
+            )
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma: {self.min_snr_gamma} is not above 0; null turns it off")
+        if not 0 <= self.offset_noise < math.inf:
+            raise ValueError(f"offset_noise: {self.offset_noise} is not a deviation, 0 turns it off")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout: {self.caption_dropout} is not in [0, 1)")
         if not 0 < self.beta_start < self.beta_end < 1:

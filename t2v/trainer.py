@@ -127,9 +127,7 @@ class Trainer:
             deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
             latents += deviation * draw.posterior_noise.to(device, non_blocking=True)
         latents *= self.inventory[batch.stream][0].info.scale
-        dropped = draw.drop_caption.tolist()
-        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
-        text = self.text.encode(captions).to(self.engine.dtype)  # b l d
+        text = self.text.encode(draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
         dropout_seed = generator(self.job.seed, batch.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
         noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
