@@ -163,10 +163,12 @@ def _published_tower(architecture: str, path: str) -> "TextTransformer":
 
 
 def make_scheduler(config: DiffusionConfig, sampler: str, steps: int) -> Scheduler:
-    """A diffusers scheduler whose `timesteps` are set, noisiest first; ValueError where `steps` are too many.
+    """A diffusers scheduler whose `timesteps` are set, noisiest first; ValueError where `steps` cannot be taken.
 
     DDIM is the public implementation's: 50 of 1000 steps are 981, 961, ..., 1 and the last one ends at the noise
     level of t = 0. The others are what diffusers makes of its settings, so that an exported model behaves alike there.
+    Zero terminal SNR needs the last timestep among them: 50 steps are then 999, 979, ..., 19 (Lin et al., 2305.08891,
+    3.3). DPM-Solver++ and UniPC, which divide by the signal, get one of 2^-12 from diffusers there.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -177,7 +179,9 @@ def make_scheduler(config: DiffusionConfig, sampler: str, steps: int) -> Schedul
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         beta_schedule="scaled_linear",
-        timestep_spacing="leading",
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[config.prediction],
+        rescale_betas_zero_snr=config.zero_terminal_snr,
+        timestep_spacing="trailing" if config.zero_terminal_snr else "leading",
         steps_offset=1,
         set_alpha_to_one=False,
         clip_sample=False,
@@ -189,6 +193,19 @@ def make_scheduler(config: DiffusionConfig, sampler: str, steps: int) -> Schedul
     elif sampler != "ddim":
         raise ValueError(f"sampler: {sampler!r} is none of ddim, dpm++, unipc")
     scheduler.set_timesteps(steps)
-    if scheduler.timesteps[0] >= config.timesteps:
-        raise ValueError(f"steps: {steps} are too many for {sampler} over {config.timesteps} timesteps")
+    _check_timesteps(scheduler.timesteps.tolist(), config, sampler, steps)
     return scheduler
+
+
+def _check_timesteps(timesteps: list[int], config: DiffusionConfig, sampler: str, steps: int) -> None:
+    """Refuses what diffusers gets wrong in silence, naming `steps`."""
+    # Trailing timesteps are rounded: DDIM, which goes back by timesteps // steps, would miss them, and for some numbers
+    # of steps (61, 103, ...) there comes out one too many, -1.
+    fits = config.timesteps % steps == 0 if sampler == "ddim" else len(timesteps) == steps
+    if config.zero_terminal_snr and not fits:
+        raise ValueError(
+            f"steps: {steps} cannot be spaced over {config.timesteps} timesteps for {sampler} with zero_terminal_snr; "
+            f"take a divisor of {config.timesteps}"
+        )
+    if timesteps[0] >= config.timesteps or len(set(timesteps)) < steps:
+        raise ValueError(f"steps: {steps} are too many for {sampler} over {config.timesteps} timesteps")

@@ -31,7 +31,7 @@ def sample(
     """Latents [b, c, f, h, w] for the texts [b, l, k], one seed each, on the device of the text.
 
     The UNet, in eval mode (ValueError if not), gets its input in the text's dtype; all else is fp32. `shape` is
-    (c, f, h, w); `empty_text` [1, l, k] is what guidance leads away from.
+    (c, f, h, w); `empty_text` [1, l, k], the states of '', is what guidance leads away from.
     """
     if unet.training:
         raise ValueError("unet: is in training mode, its dropout would act; call eval() first")
@@ -39,22 +39,25 @@ def sample(
         raise ValueError(f"seeds: {len(seeds)} for {len(text)} texts")
     scheduler = make_scheduler(diffusion.config, config.sampler, config.steps)
     latents = start_noise(seeds, shape).to(text.device) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        noise = _predict(unet, latents, timestep, text, empty_text, config.guidance)
-        latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+    if config.guidance != 1:
+        text = torch.cat([empty_text.expand_as(text), text])  # 2b l k
+    # A scheduler looks its tables up on the CPU: with timesteps on the GPU (set_timesteps(device=...)) each step would
+    # wait for the GPU to read one back. The UNet's own are copied there once, because such a copy waits as well.
+    for timestep, unets in zip(scheduler.timesteps, scheduler.timesteps.to(text.device), strict=True):
+        predicted = _predict(unet, latents, unets, text, config.guidance)
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
 
 
-def _predict(
-    unet: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, empty_text: Tensor, guidance: float
-) -> Tensor:
-    """Predicted noise u + guidance * (y - u), u without text and y with it, in one batch of two; guidance 1 is y."""
+def _predict(unet: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, guidance: float) -> Tensor:
+    """Predicted noise, or velocity, u + guidance * (y - u): u without text and y with it, in one batch of two.
+
+    latents [b, c, f, h, w], text [2b, l, k]: without, then with. Guidance 1 is y alone, of text [b, l, k].
+    """
     if guidance != 1:
         latents = torch.cat([latents, latents])
-        text = torch.cat([empty_text.expand_as(text), text])
-    timesteps = timestep.to(text.device).expand(len(latents))
-    noise = unet(latents.to(text.dtype), timesteps, text).float()
+    predicted = unet(latents.to(text.dtype), timestep.expand(len(text)), text).float()
     if guidance == 1:
-        return noise
-    without, given = noise.chunk(2)
+        return predicted
+    without, given = predicted.chunk(2)
     return without + guidance * (given - without)
