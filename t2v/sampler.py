@@ -42,7 +42,8 @@ def sample(
     if config.guidance != 1:
         text = torch.cat([empty_text.expand_as(text), text])  # 2b l k
     # A scheduler looks its tables up on the CPU: with timesteps on the GPU (set_timesteps(device=...)) each step would
-    # wait for the GPU to read one back. The UNet's own are copied there once, because such a copy waits as well.
+    # wait for the GPU to read one back. The UNet's own are copied there once, because such a copy waits as well. UniPC
+    # still waits, in diffusers: it copies its noise levels at each step and solves its corrector's equations there.
     for timestep, unets in zip(scheduler.timesteps, scheduler.timesteps.to(text.device), strict=True):
         predicted = _predict(unet, latents, unets, text, config.guidance)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
