@@ -7,16 +7,19 @@ Between the parts a video is one contiguous buffer [b, f, h, w, c]. It is channe
 b*f images of h x w, and for temporal ones, as b images of f x (h*w); so nothing is copied on the way from one to the
 other. Attributes are named so that the state dict has the keys and shapes of diffusers' UNet3DConditionModel.
 
+Every convolution and matrix product that follows a norm is one step with it, its bias left to the reader of the
+result: t2v/fused.py says why.
+
 Every residual is zero at the start. That the spatial ones are too, as in ModelScope's code, matters only when training
 from scratch; diffusers zeroes the last temporal convolution alone.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v import fused
+
 TRANSFORMER_EPS = 1e-6
-MAX_HEADS = 65_535  # of a CUDA grid axis; a video of 256 x 256 pixels has 8,192 in the initial block, over time
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -29,9 +32,20 @@ def zero(module: nn.Module) -> nn.Module:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [n, ..., c] with statistics over all axes between: n = b*f is per frame, n = b joint."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.reshape(x.shape[0], -1, 1, x.shape[-1]).movedim(-1, 1)  # [n, c, positions, 1], channels-last
-        return super().forward(y).movedim(1, -1).reshape(x.shape)
+    def forward(
+        self, x: Tensor, kernel: Tensor, shift: Tensor | None = None, silu: bool = True, dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """The product of the normalised x + shift with `kernel`, without bias; and x, to go on with beside it."""
+        dropout = dropout if self.training else 0.0
+        return fused.norm_product(x, shift, self.weight, self.bias, kernel, self.num_groups, self.eps, silu, dropout)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalisation of every position of [..., c]."""
+
+    def forward(self, x: Tensor, h: Tensor | None, shift: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
+        """The products of the normalised x + h + shift with `kernels`, without biases; and x + h + shift."""
+        return fused.layer_norm_products(x, h, shift, self.weight, self.bias, self.eps, *kernels)
 
 
 class SpatialConv(nn.Conv2d):
@@ -42,18 +56,14 @@ class SpatialConv(nn.Conv2d):
 
 
 class TemporalConv(nn.Conv3d):
-    """Convolution of videos [b, f, h, w, c] over three frames (paper 3.2, Fig. 4a), zeros beyond the first and last.
-
-    The kernel is stored as [o, i, 3, 1, 1] and applied as [o, i, 3, 1] to b images of f x (h*w).
-    """
+    """Convolution of videos over three frames (paper 3.2, Fig. 4a), zeros beyond the first and last."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.flatten(2, 3).movedim(-1, 1)  # [b, c, f, h*w], channels-last
-        y = F.conv2d(y, self.weight.squeeze(-1), self.bias, padding=(1, 0))
-        return y.movedim(1, -1).reshape(x.shape)
+    def kernel(self, frames: int) -> Tensor:
+        """For b images of f x (h*w): [o, i, 3, 1]; of a single frame only the middle acts: [o, i]."""
+        return self.weight[:, :, 1, 0, 0] if frames == 1 else self.weight.squeeze(-1)
 
 
 class ResnetBlock(nn.Module):
@@ -65,17 +75,20 @@ class ResnetBlock(nn.Module):
         self.conv1 = SpatialConv(channels_in, channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, channels)
         self.norm2 = GroupNorm(groups, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.conv2 = zero(SpatialConv(channels, channels, 3, padding=1))
-        self.conv_shortcut = nn.Identity() if channels_in == channels else SpatialConv(channels_in, channels, 1)
+        self.conv_shortcut = None if channels_in == channels else SpatialConv(channels_in, channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [b, f, h, w, c_in], time [b, e] (after its activation) -> [b, f, h, w, c]."""
-        images = x.flatten(0, 1)  # [b*f, h, w, c]
-        y = self.conv1(F.silu(self.norm1(images)))
-        y = y.unflatten(0, x.shape[:2]) + self.time_emb_proj(time)[:, None, None, None]
-        y = self.conv2(self.dropout(F.silu(self.norm2(y.flatten(0, 1)))))
-        return (self.conv_shortcut(images) + y).unflatten(0, x.shape[:2])
+        y, images = self.norm1(x.flatten(0, 1), self.conv1.weight)  # [b*f, h, w, c]
+        shift = self.time_emb_proj(time) + self.conv1.bias  # [b, c]
+        y, _ = self.norm2(y, self.conv2.weight, shift, dropout=self.dropout)
+        bias = self.conv2.bias
+        if self.conv_shortcut is not None:
+            images = fused.product(images, self.conv_shortcut.weight.flatten(1))
+            bias = bias + self.conv_shortcut.bias
+        return fused.add(images, y, bias).unflatten(0, x.shape[:2])
 
 
 class TemporalConvBlock(nn.Module):
@@ -87,9 +100,10 @@ class TemporalConvBlock(nn.Module):
     def __init__(self, channels: int, groups: int, dropout: float) -> None:
         super().__init__()
 
-        def stage(*layers: nn.Module) -> nn.Module:
+        def stage(*layers: nn.Module) -> nn.Sequential:
             return nn.Sequential(GroupNorm(groups, channels), nn.SiLU(), *layers)
 
+        self.dropout = dropout
         self.conv1 = stage(TemporalConv(channels))
         self.conv2 = stage(nn.Dropout(dropout), TemporalConv(channels))
         self.conv3 = stage(nn.Dropout(dropout), TemporalConv(channels))
@@ -97,20 +111,20 @@ class TemporalConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, f, h, w, c] -> the same shape."""
-        return x + self.conv4(self.conv3(self.conv2(self.conv1(x))))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q [n, heads, i, d] to k and v [n, heads, j, d], in calls of at most MAX_HEADS heads."""
-    if k.shape[2] == 1:  # one number's softmax is 1; q and k keep gradients, and flash would leave rounding in them
-        return v + 0 * (q + k)
-    calls = zip(*(x.split(MAX_HEADS, dim=1) for x in (q, k, v)), strict=True)
-    results = [F.scaled_dot_product_attention(*call) for call in calls]
-    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+        frames = x.shape[1]
+        norm, *_, conv = self.conv1
+        y, carried = norm(x.flatten(2, 3), conv.kernel(frames))  # [b, f, h*w, c]
+        for norm, _, _, following in (self.conv2, self.conv3, self.conv4):
+            y, _ = norm(y, following.kernel(frames), conv.bias, dropout=self.dropout)
+            conv = following
+        return fused.add(carried, y, conv.bias).reshape(x.shape)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (paper 3.2, Fig. 4b) along one axis of several sequences that lie side by side."""
+    """Multi-head attention (paper 3.2, Fig. 4b) along axis 1 of [n, i, s, c], of each of the s sequences.
+
+    What it returns lacks the bias of `to_out`.
+    """
 
     def __init__(self, channels: int, source_width: int, head_dim: int) -> None:
         super().__init__()
@@ -120,16 +134,22 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(source_width, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """Positions i of x [n, i, s, c] read positions j of source [n, j, s, k], each of the s sequences its own.
+    def kernels(self, positions: int, over_time: bool) -> list[Tensor]:
+        """The products of x that self-attention reads: v of a single position, else q, k and v, over time as one."""
+        q, k, v = self.to_q.weight, self.to_k.weight, self.to_v.weight
+        if positions == 1:
+            return [v + 0 * (q + k)]  # so that q and k have a gradient, if only zero
+        return [torch.cat([q, k, v])] if over_time else [q, k, v]
 
-        The sequences count as further heads, which leaves q, k and v where they are.
-        """
-        q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source)))
-        return self.to_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [n, s*heads, i, head_dim]
+    def forward(self, *products: Tensor) -> Tensor:
+        """The products of `kernels`, or q [n, i, s, c], k and v [n, j, 1, c] -> [n, i, s, c]."""
+        kernel = self.to_out[0].weight
+        if len(products) == 3:
+            q, k, v = (x.unflatten(-1, (-1, self.head_dim)).squeeze(2).transpose(1, 2) for x in products)
+            return fused.product(fused.attention(q, k, v).transpose(1, 2).reshape(products[0].shape), kernel)
+        if products[0].shape[1] == 1:
+            return fused.product(products[0], kernel)  # whose softmax is 1
+        return fused.temporal_attention_product(products[0], self.head_dim, kernel)
 
 
 class GEGLU(nn.Module):
@@ -139,10 +159,6 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
 
 class FeedForward(nn.Module):
     """Gated feed-forward layer of four times the width."""
@@ -150,9 +166,6 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class TransformerBlock(nn.Module):
@@ -163,24 +176,30 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, head_dim: int, text_width: int | None) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, channels, head_dim)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, text_width or channels, head_dim)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor | None) -> Tensor:
-        """x [n, i, s, c], text [b, l, k] with n a multiple of b -> the shape of x."""
-        y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        y = self.norm2(x)
+    def forward(self, x: Tensor, shift: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [n, i, s, c], still without its shift [c], text [b, l, k] with n a multiple of b.
+
+        Returns what goes beside the feed-forward layer, and the product that its gate reads: two parts of the result.
+        """
+        i, over_time = x.shape[1], text is None
+        *products, x = self.norm1(x, None, shift, *self.attn1.kernels(i, over_time))
+        h, shift = self.attn1(*products), self.attn1.to_out[0].bias
         if text is None:
-            x = x + self.attn2(y, y)
+            *products, x = self.norm2(x, h, shift, *self.attn2.kernels(i, over_time))
+            h = self.attn2(*products)
         else:  # all frames of a clip read the same text: they are one long row of queries
-            y = y.reshape(text.shape[0], -1, 1, y.shape[-1])  # [b, f*h*w, 1, c]
-            x = x + self.attn2(y, text.unsqueeze(2)).reshape(x.shape)
-        return x + self.ff(self.norm3(x))
+            q, x = self.norm2(x, h, shift, self.attn2.to_q.weight)
+            k, v = (linear(text).unsqueeze(2) for linear in (self.attn2.to_k, self.attn2.to_v))
+            h = self.attn2(q.reshape(len(text), -1, 1, q.shape[-1]), k, v).reshape(x.shape)
+        gated, x = self.norm3(x, h, self.attn2.to_out[0].bias, self.ff.net[0].proj.weight)
+        return x, gated
 
 
 class Transformer(nn.Module):
@@ -198,11 +217,16 @@ class Transformer(nn.Module):
         self.proj_out = zero(nn.Linear(inner, channels))
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        """x [n, i, s, c], text [b, l, k] -> the shape of x."""
-        y = self.proj_in(self.norm(x))
-        for block in self.transformer_blocks:
-            y = block(y, text)
-        return x + self.proj_out(y)
+        """x [n, i, s, c], text [b, l, k] -> the shape of x.
+
+        The feed-forward's last product and `proj_out` follow on each other, and so are one.
+        """
+        block, out = self.transformer_blocks[0], self.proj_out
+        widen, narrow = block.ff.net[0].proj, block.ff.net[2]
+        y, x = self.norm(x, self.proj_in.weight, silu=False)
+        y, gated = block(y, self.proj_in.bias, text)
+        y = fused.geglu_product(gated, widen.bias, out.weight @ narrow.weight, onto=fused.product(y, out.weight))
+        return fused.add(x, y, out.weight @ narrow.bias + out.bias)
 
 
 class Downsample(nn.Module):

@@ -139,8 +139,8 @@ class UNet(nn.Module):
         for level in self.up_blocks:
             x = level(x, time, text, [skips.pop() for _ in range(self.config.layers_per_block + 1)])[-1]
 
-        images = self.conv_out(F.silu(self.conv_norm_out(x.flatten(0, 1))))  # [b*f, h, w, c]
-        return images.unflatten(0, (b, f)).movedim(-1, 1)
+        images, _ = self.conv_norm_out(x.flatten(0, 1), self.conv_out.weight)  # [b*f, h, w, c]
+        return (images + self.conv_out.bias).unflatten(0, (b, f)).movedim(-1, 1)
 
     def _check(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.channels:

@@ -3,6 +3,7 @@ import torch
 from diffusers import UNet3DConditionModel
 
 import t2v.blocks
+from t2v import fused
 from t2v.blocks import Transformer
 from t2v.config import UNetConfig
 from t2v.export import diffusers_config
@@ -125,7 +126,7 @@ def test_more_heads_than_one_call_takes_change_nothing(tiny_unet, monkeypatch):
     call = inputs(tiny_unet.config, b=2, f=3)
     with torch.no_grad():
         expected = tiny_unet(*call)
-        monkeypatch.setattr(t2v.blocks, "MAX_HEADS", 5)
+        monkeypatch.setattr(fused, "MAX_HEADS", 5)
         assert torch.allclose(tiny_unet(*call), expected, atol=1e-5)
 
 

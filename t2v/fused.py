@@ -1,0 +1,136 @@
+"""Steps of the UNet that read and write memory once: a norm, a gate or an attention, and the product that follows it.
+
+n norm instances, c o channels, i j positions of a sequence, s sequences side by side, d head width; `...` are
+positions. Channels are the last axis.
+
+Each step is a plain function, and on a GPU an autograd function of t2v/recompute.py, which keeps the step's inputs and
+computes what lies between them and the product once more in the backward pass. Two habits save passes over memory:
+
+- A product leaves its bias to whoever reads its result next: to a norm (`shift`), a gate, or `add`.
+- What goes on beside a norm, as a residual, is given back by the norm, which then adds up its gradient.
+"""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MAX_HEADS = 65_535  # of a CUDA grid axis; a video of 256 x 256 pixels has 8,192 in the initial block, over time
+MAX_FRAMES = 64  # that the kernel for attention over time takes
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def product(x: Tensor, kernel: Tensor) -> Tensor:
+    """x [..., c] times a matrix [o, c], or images x [n, h, w, c] convolved with [o, c, kh, kw], zeros beyond."""
+    if kernel.ndim == 2:
+        return F.linear(x, kernel)
+    padding = [size // 2 for size in kernel.shape[2:]]
+    return F.conv2d(x.movedim(-1, 1), kernel, padding=padding).movedim(1, -1)
+
+
+def norm_product(
+    x: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """product(dropout(silu(group_norm(x + shift))), kernel), and x to go on with.
+
+    x [n, ..., c] has one norm for each of n; shift [c], or [b, c] where n is a multiple of b.
+    """
+    shift = shift if shift is None else shift.view(-1, x.shape[-1])
+    if _on_gpu(x):
+        from t2v.recompute import NormProduct
+
+        seed = int(torch.randint(2**31, ())) if dropout else 0
+        return NormProduct.apply(x, shift, weight, bias, kernel, groups, eps, silu, dropout, seed)
+    y = x
+    if shift is not None:
+        y = (x.unflatten(0, (len(shift), -1)) + shift.view(-1, *[1] * (x.ndim - 1), x.shape[-1])).flatten(0, 1)
+    y = y.reshape(y.shape[0], -1, 1, y.shape[-1]).movedim(-1, 1)  # [n, c, positions, 1], channels-last
+    y = F.group_norm(y, groups, weight, bias, eps).movedim(1, -1).reshape(x.shape)
+    return product(F.dropout(F.silu(y) if silu else y, dropout), kernel), x
+
+
+def layer_norm_products(
+    x: Tensor, h: Tensor | None, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *kernels: Tensor
+) -> tuple[Tensor, ...]:
+    """product(layer_norm(x + h + shift), kernel) for each kernel, and x + h + shift to go on with.
+
+    x, h [..., c], shift [c].
+    """
+    if _on_gpu(x):
+        from t2v.recompute import LayerNormProducts
+
+        return LayerNormProducts.apply(x, h, shift, weight, bias, eps, *kernels)
+    x = x + shift if h is None else x + h + shift
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return *(product(y, kernel) for kernel in kernels), x
+
+
+def geglu_product(p: Tensor, bias: Tensor, kernel: Tensor, onto: Tensor) -> Tensor:
+    """onto + product(value * gelu(gate), kernel), where p + bias [..., 2 c] holds both, side by side.
+
+    `onto` may be overwritten.
+    """
+    if _on_gpu(p):
+        from t2v.recompute import GegluProduct
+
+        return GegluProduct.apply(p, bias, kernel, onto)
+    value, gate = (p + bias).chunk(2, dim=-1)
+    return onto + product(value * F.gelu(gate), kernel)
+
+
+def add(x: Tensor, h: Tensor, shift: Tensor) -> Tensor:
+    """x + h + shift: [..., c], shift [c]."""
+    if _on_gpu(x):
+        from t2v.recompute import Add
+
+        return Add.apply(x, h, shift)
+    return x + h + shift
+
+
+def temporal_attention_product(qkv: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
+    """product(softmax attention along axis 1, kernel), each sequence s its own: qkv [n, i, s, 3 c] -> [n, i, s, o].
+
+    The sequences count as further heads, which leaves q, k and v where they are.
+    """
+    n, i, s, _ = qkv.shape
+    if _on_gpu(qkv) and i <= MAX_FRAMES and head_dim in (16, 32, 64, 128):
+        from t2v.recompute import TemporalAttentionProduct
+
+        return TemporalAttentionProduct.apply(qkv, head_dim, kernel)
+    q, k, v = (x.reshape(n, i, -1, head_dim).transpose(1, 2) for x in qkv.chunk(3, dim=-1))  # [n, s*heads, i, d]
+    return product(attention(q, k, v).transpose(1, 2).reshape(n, i, s, -1), kernel)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q [n, heads, i, d] to k and v [n, heads, j, d]."""
+    calls = zip(*(x.split(MAX_HEADS, dim=1) for x in (q, k, v)), strict=True)
+    if q.is_cuda and not torch.compiler.is_compiling():
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            results = [F.scaled_dot_product_attention(*call) for call in calls]
+    else:
+        results = [F.scaled_dot_product_attention(*call) for call in calls]
+    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and _has_triton() and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        logging.getLogger(__name__).warning("triton is missing: the UNet runs without its kernels, at half the speed")
+    return found

@@ -1,0 +1,224 @@
+"""The steps of t2v/fused.py on a GPU: kernels around products, and backward passes that keep only the steps' inputs.
+
+Activations, which would fill the memory, are computed twice, products once. Letters as in t2v/kernels.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from t2v import kernels
+from t2v.fused import product
+
+# Tiles of rows and columns, and warps, as measured on a Hopper card for the published widths.
+SUMS = {"R": 32, "K": 64, "num_warps": 4}
+NORM = {"R": 64, "K": 64, "num_warps": 4}
+NORM_BACKWARD = {"R": 16, "K": 64, "num_warps": 4}
+NORM_BACKWARD_SUMS = {"R": 16, "K": 64, "num_warps": 8}
+GEGLU = {"R": 32, "K": 256, "num_warps": 4}
+GEGLU_BACKWARD = {"R": 16, "K": 128, "num_warps": 8}
+ADD = {"R": 32, "K": 256, "num_warps": 4}
+ATTENTION_ROWS = 64  # queries of one program: as many sequences side by side as fit
+PROGRAMS = 2048  # that share out a sum: a few for each processor of any card
+
+
+class NormProduct(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, kernel: Tensor,
+        groups: int, eps: float, silu: bool, dropout: float, seed: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x = x.contiguous()
+        n, c, p = x.shape[0], x.shape[-1], x[0].numel() // x.shape[-1]
+        affine = torch.empty(3, n, c, device=x.device, dtype=torch.float32)
+        stats = torch.empty(n, groups, 2, device=x.device, dtype=torch.float32)
+        group = c // groups
+        ctx.finish = {"SHIFT": shift is not None, "CG": group, "K": _next_power_of_2(group), "Q": 16}
+        ctx.per_shift = 1 if shift is None else n // len(shift)
+        ctx.chance = (seed, int(dropout * 2**32), 1 / (1 - dropout))
+        ctx.switches = {"SILU": silu, "DROP": dropout > 0}
+        grid, rows, sums = _shared_out(x, n, SUMS)
+        kernels.column_sums[grid](x, sums, p, c, rows, **SUMS)
+        kernels.norm_finish[(n, groups)](
+            sums, shift, weight, bias, affine, stats, p, c, eps, len(sums), ctx.per_shift, **ctx.finish
+        )
+        y = torch.empty_like(x)
+        kernels.norm_apply[(n, *_tiles(p, c, NORM))](x, affine, y, p, c, *ctx.chance, **ctx.switches, **NORM)
+        ctx.save_for_backward(x, shift, weight, kernel, affine, stats)
+        ctx.set_materialize_grads(False)
+        return product(y, kernel), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, carried: Tensor | None) -> tuple:
+        x, shift, weight, kernel, affine, stats = ctx.saved_tensors
+        n, c, p = x.shape[0], x.shape[-1], x[0].numel() // x.shape[-1]
+        dy = _by_input(dout, x, kernel).contiguous()
+        y = torch.empty_like(x)
+        grid, rows, sums = _shared_out(x, n, NORM_BACKWARD_SUMS)
+        kernels.norm_backward_sums[grid](
+            x, dy, affine, y, sums, p, c, rows, *ctx.chance, **ctx.switches, **NORM_BACKWARD_SUMS
+        )
+        dkernel = _by_kernel(dout, y, kernel)
+        found = torch.empty(5, n, c, device=x.device, dtype=torch.float32)
+        kernels.norm_backward_finish[(n, stats.shape[1])](
+            sums, shift, weight, affine, stats, found, p, c, len(sums), ctx.per_shift, **ctx.finish
+        )
+        dx, carried = y, carried if carried is None else carried.contiguous()  # y is of no more use
+        switches = {"CARRIED": carried is not None, **ctx.switches, **NORM_BACKWARD}
+        kernels.norm_backward_apply[(n, *_tiles(p, c, NORM_BACKWARD))](
+            x, dy, carried, affine, found, dx, p, c, *ctx.chance, **switches
+        )
+        dweight, dbias = found[2:4].sum(1).to(weight.dtype)
+        dshift = None if shift is None else found[4].view(len(shift), -1, c).sum(1).to(shift.dtype)
+        return dx, dshift, dweight, dbias, dkernel, None, None, None, None, None
+
+
+class LayerNormProducts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor | None, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *after: Tensor
+    ) -> tuple[Tensor, ...]:
+        x = x.contiguous()
+        c, m = x.shape[-1], x.numel() // x.shape[-1]
+        tile = _whole_rows(c)
+        y, total = torch.empty_like(x), torch.empty_like(x)
+        stats = torch.empty(m, 2, device=x.device, dtype=torch.float32)
+        kernels.layer_norm[(-(-m // tile["R"]),)](
+            x, h, shift, weight, bias, total, stats, y, m, c, eps, ADD=h is not None, **tile
+        )
+        ctx.save_for_backward(total, weight, bias, stats, *after)
+        ctx.added = h is not None
+        ctx.set_materialize_grads(False)
+        return *(product(y, kernel) for kernel in after), total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        x, weight, bias, stats, *after = ctx.saved_tensors
+        *douts, carried = grads
+        c, m = x.shape[-1], x.numel() // x.shape[-1]
+        tile = _whole_rows(c)
+        dy = _by_input(douts[0], x, after[0]).flatten(0, -2)
+        for dout, kernel in zip(douts[1:], after[1:], strict=True):
+            dy.addmm_(dout.flatten(0, -2), kernel)
+        dx, y = torch.empty_like(x), torch.empty_like(x)
+        rows = -(-m // (PROGRAMS // 2 * tile["R"])) * tile["R"]
+        programs = -(-m // rows)
+        sums = torch.empty(programs, 3, c, device=x.device, dtype=torch.float32)
+        carried = carried if carried is None else carried.contiguous()
+        kernels.layer_norm_backward[(programs,)](
+            x, dy, carried, weight, bias, stats, dx, y, sums, m, c, rows, CARRIED=carried is not None, **tile
+        )
+        dweight, dbias, dshift = sums.sum(0).to(weight.dtype)
+        dafter = (_by_kernel(dout, y, kernel) for dout, kernel in zip(douts, after, strict=True))
+        return dx, dx if ctx.added else None, dshift, dweight, dbias, None, *dafter
+
+
+class GegluProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, bias: Tensor, kernel: Tensor, onto: Tensor) -> Tensor:
+        m, width = p.numel() // p.shape[-1], p.shape[-1] // 2
+        y = p.new_empty(m, width)
+        kernels.geglu[_tiles(m, width, GEGLU)](p, bias, y, m, width, **GEGLU)
+        ctx.save_for_backward(p, bias, kernel)
+        ctx.mark_dirty(onto)
+        onto.view(m, -1).addmm_(y, kernel.t())
+        return onto
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        p, bias, kernel = ctx.saved_tensors
+        width = p.shape[-1] // 2
+        dy = _by_input(dout, p, kernel)
+        dp, y = torch.empty_like(p), torch.empty_like(dy)
+        (_, *grid), rows, sums = _shared_out(dy, 1, GEGLU_BACKWARD)
+        kernels.geglu_backward[tuple(grid)](
+            p, bias, dy, dp, y, sums, dy.numel() // width, width, rows, **GEGLU_BACKWARD
+        )
+        return dp, sums.sum(0).flatten().to(bias.dtype), _by_kernel(dout, y, kernel), dout
+
+
+class Add(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, shift: Tensor) -> Tensor:
+        ctx.dtype = shift.dtype
+        x, h = x.contiguous(), h.contiguous()
+        y, m, c = torch.empty_like(h), h.numel() // h.shape[-1], h.shape[-1]
+        kernels.add[_tiles(m, c, ADD)](x, h, shift, y, m, c, **ADD)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        dout = dout.contiguous()
+        grid, rows, sums = _shared_out(dout, 1, SUMS)
+        c = dout.shape[-1]
+        kernels.column_sums[grid](dout, sums, dout.numel() // c, c, rows, **SUMS)
+        return dout, dout, sums[:, 0, 0].sum(0).to(ctx.dtype)
+
+
+class TemporalAttentionProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
+        n, f, s, width = qkv.shape
+        heads, slots = width // (3 * head_dim), _next_power_of_2(f)
+        ctx.call = (head_dim**-0.5, s, f, heads)
+        ctx.tile = {"A": ATTENTION_ROWS, "FP": slots, "D": head_dim}
+        ctx.grid = (-(-s * slots // ATTENTION_ROWS), heads, n)
+        o = qkv.new_empty(n, f, s, width // 3)
+        kernels.temporal_attention[ctx.grid](qkv, o, *ctx.call, **ctx.tile)
+        ctx.save_for_backward(qkv, kernel)
+        return product(o, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        qkv, kernel = ctx.saved_tensors
+        do = _by_input(dout, qkv, kernel)
+        dqkv, o = torch.empty_like(qkv), torch.empty_like(do)
+        kernels.temporal_attention_backward[ctx.grid](qkv, do, dqkv, o, *ctx.call, **ctx.tile)
+        return dqkv, None, _by_kernel(dout, o, kernel)
+
+
+def _by_input(dout: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    """Gradient of product(x, kernel) by x, of which only the shape counts."""
+    if kernel.ndim == 2:
+        return dout @ kernel
+    return _convolution_backward(dout, x, kernel, (True, False, False))[0].movedim(1, -1)
+
+
+def _by_kernel(dout: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    """Gradient of product(x, kernel) by the kernel."""
+    if kernel.ndim == 2:
+        return dout.flatten(0, -2).t() @ x.flatten(0, -2)
+    return _convolution_backward(dout, x, kernel, (False, True, False))[1]
+
+
+def _convolution_backward(dout: Tensor, x: Tensor, kernel: Tensor, mask: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    padding = [size // 2 for size in kernel.shape[2:]]
+    dout, x = dout.movedim(-1, 1), x.movedim(-1, 1)
+    return torch.ops.aten.convolution_backward(dout, x, kernel, None, (1, 1), padding, (1, 1), False, (0, 0), 1, mask)
+
+
+def _tiles(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
+    return -(-rows // tile["R"]), -(-columns // tile["K"])
+
+
+def _shared_out(x: Tensor, n: int, tile: dict[str, int]) -> tuple[tuple[int, int, int], int, Tensor]:
+    """How sums over the positions of x [n, p, c] are shared out: grid, rows of a program, sums [chunk, 2, n, c]."""
+    c = x.shape[-1]
+    p = x.numel() // (n * c)
+    tiles, columns = _tiles(p, c, tile)
+    chunks = max(1, min(PROGRAMS // (n * columns), tiles))
+    rows = -(-tiles // chunks) * tile["R"]
+    chunks = -(-p // rows)
+    sums = torch.empty(chunks, 2, n, c, device=x.device, dtype=torch.float32)
+    return (n, chunks, columns), rows, sums
+
+
+def _whole_rows(channels: int) -> dict[str, int]:
+    width = _next_power_of_2(channels)
+    return {"R": max(1, 1024 // width), "K": width, "num_warps": 2 if width <= 1024 else 4}
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

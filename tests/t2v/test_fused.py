@@ -1,0 +1,118 @@
+"""The kernels against their plain twins, forward and backward, on Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when t2v/kernels.py is imported, which nothing else does without a GPU
+
+from t2v import fused
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = (torch.bfloat16, 5e-2) if DEVICE == "cuda" else (torch.float16, 1e-2)  # the interpreter multiplies no bfloat16
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), HALF])
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Makes the functions of t2v.fused take their kernels, also on a CPU."""
+    return lambda: monkeypatch.setattr(fused, "_on_gpu", lambda x: True)
+
+
+def tensors(*shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [one.to(DEVICE, dtype).requires_grad_() for one in made]
+
+
+def compare(function, kernels, *shapes, tolerance=1e-5, dtype=torch.float32):
+    """Values and gradients of the kernels in `dtype` against those of the twin in float64."""
+    ours = tensors(*shapes, dtype=dtype)
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    expected = as_tuple(function(*theirs))
+    weights = [torch.linspace(-1, 1, one.numel(), dtype=torch.float64, device=DEVICE).view_as(one) for one in expected]
+    sum((one * weight).sum() for one, weight in zip(expected, weights, strict=True)).backward()
+    kernels()
+    found = as_tuple(function(*ours))
+    sum((one * weight.to(dtype)).sum() for one, weight in zip(found, weights, strict=True)).backward()
+    for one, other in zip((*found, *(x.grad for x in ours)), (*expected, *(x.grad for x in theirs)), strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(
+    ("x", "groups", "kernel", "shifts", "silu"),
+    [
+        ((2, 9, 8, 64), 8, (16, 64, 3, 3), None, True),  # whole columns of tiles
+        ((6, 3, 5, 40), 8, (24, 40, 3, 3), (2, 40), True),  # two clips of three frames; nothing divides a tile
+        ((2, 5, 14, 72), 4, (72, 72, 3, 1), (72,), True),  # over time
+        ((3, 4, 7, 40), 5, (16, 40), None, False),  # a matrix, without the activation
+    ],
+)
+def test_group_norm_and_product(kernels, x, groups, kernel, shifts, silu, dtype, tolerance):
+    def step(x, weight, bias, kernel, shift=None):
+        return fused.norm_product(x, shift, weight, bias, kernel, groups, 1e-5, silu, 0.0)
+
+    shapes = [x, x[-1:], x[-1:], kernel] + ([shifts] if shifts else [])
+    compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(("m", "channels"), [(8, 64), (77, 40)])
+@pytest.mark.parametrize("added", [True, False])
+def test_layer_norm_and_product(kernels, m, channels, added, dtype, tolerance):
+    def step(x, shift, weight, bias, kernel, h=None):
+        return fused.layer_norm_products(x, h, shift, weight, bias, 1e-5, kernel, kernel[:16])
+
+    shapes = [(m, channels), (channels,), (channels,), (channels,), (24, channels)]
+    compare(step, kernels, *shapes, *([(m, channels)] if added else []), tolerance=tolerance, dtype=dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(("m", "width"), [(64, 64), (70, 40)])
+def test_gate_and_product(kernels, m, width, dtype, tolerance):
+    def step(p, bias, kernel, onto):
+        return fused.geglu_product(p, bias, kernel, onto * 1)
+
+    shapes = (m, 2 * width), (2 * width,), (24, width), (m, 24)
+    compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
+
+
+@PRECISIONS
+def test_add(kernels, dtype, tolerance):
+    compare(fused.add, kernels, (2, 33, 40), (2, 33, 40), (40,), tolerance=tolerance, dtype=dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(("frames", "sequences", "head_dim"), [(16, 4, 64), (5, 7, 32)])
+def test_attention_over_time_and_product(kernels, frames, sequences, head_dim, dtype, tolerance):
+    def step(qkv, kernel):
+        return fused.temporal_attention_product(qkv, head_dim, kernel)
+
+    shapes = (2, frames, sequences, 3 * 2 * head_dim), (24, 2 * head_dim)
+    compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
+
+
+def test_dropout_leaves_the_same_elements_in_both_passes(kernels):
+    """With an identity for the product, what is dropped shows: those gradients are zero, the others scaled."""
+    kernels()
+    x, weight, bias = tensors((4, 50, 64), (64,), (64,), dtype=torch.float32)
+    torch.manual_seed(3)
+    y, _ = fused.norm_product(x, None, weight, bias, torch.eye(64, device=DEVICE), 8, 1e-5, False, 0.25)
+    dropped = y == 0
+    assert abs(dropped.float().mean() - 0.25) < 0.02
+    whole, _ = fused.norm_product(x, None, weight, bias, torch.eye(64, device=DEVICE), 8, 1e-5, False, 0.0)
+    assert torch.allclose(y[~dropped], whole[~dropped] / 0.75, atol=1e-5)
+    (gradient,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    assert torch.allclose(gradient, (~dropped).float().sum((0, 1)) / 0.75)
+    torch.manual_seed(4)
+    other, _ = fused.norm_product(x, None, weight, bias, torch.eye(64, device=DEVICE), 8, 1e-5, False, 0.25)
+    assert abs(((other == 0) & dropped).float().mean() - 0.25**2) < 0.02
