@@ -5,14 +5,17 @@ diffusers and open_clip are imported where they are used: either takes seconds, 
 b videos or prompts, n frames, c latent channels, f frames of a video, h w latent size, l tokens, d text width.
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
 
+from t2v import keys, storage
+from t2v.clip import TextShape, check_tokenizer, folder_shape, open_clip_shape, read_open_clip, read_transformers
 from t2v.config import DiffusionConfig, TextConfig
 from t2v.shards import encoder_id
+from t2v.weights import fill, fitted, named, part, read_folder, read_tensors, under
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
@@ -68,34 +71,73 @@ def _to_uint8(pixels: Tensor) -> Tensor:
 
 
 def load_vae(path: str | None, device: str | torch.device = "cpu", chunk_frames: int = 32) -> Vae:
-    """The VAE of a diffusers AutoencoderKL folder (config.json and safetensors weights), in float32.
+    """The VAE of a diffusers folder, a pipeline's or its vae/, or of a Stable Diffusion checkpoint, in float32.
 
-    ValueError or FileNotFoundError, naming the config key, where there is no such folder.
+    ValueError or FileNotFoundError, naming the config key, where there is none or its tensors do not fit.
     """
     from diffusers.models import AutoencoderKL
 
     weights_id = encoder_id(path)
     assert path is not None
-    if not Path(path, "config.json").is_file():
-        raise FileNotFoundError(f"model.vae: {path} is no diffusers AutoencoderKL folder, it has no config.json")
-    model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    with named("model.vae"):
+        config, tensors, names = _read_vae(path)
+        with torch.device("meta"):
+            model = AutoencoderKL.from_config(config)
+        like = model.state_dict()
+        fill(model, fitted(tensors, keys.renamed(like, names), like, path))
     return Vae(model.to(device), weights_id, chunk_frames)
 
 
+def _read_vae(path: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Config of the AutoencoderKL, its tensors, and which names in them are not those of today's diffusers."""
+    if storage.is_file(path):
+        tensors = read_tensors(path)
+        tensors = under("first_stage_model.", tensors) or tensors  # a whole checkpoint's, or the VAE's alone
+        config = _ldm_config(tensors, path)
+        return config, tensors, keys.ldm_vae(len(config["block_out_channels"]), config["layers_per_block"])
+    folder = part(path, "vae")
+    settings = storage.join(folder, "config.json")
+    if not storage.exists(settings):
+        raise FileNotFoundError(f"{folder} is no diffusers AutoencoderKL folder, it has no config.json")
+    config = storage.read_json(settings)
+    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"{settings}: _class_name is {kind!r}, this VAE is an AutoencoderKL")
+    tensors = read_folder(folder)
+    old = any(name.endswith(".proj_attn.weight") for name in tensors)
+    return config, tensors, keys.old_diffusers_vae() if old else {}
+
+
+def _ldm_config(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    """What the shapes of an LDM autoencoder tell of it; the rest is as in Stable Diffusion."""
+    widths: list[int] = []
+    while (name := f"encoder.down.{len(widths)}.block.0.conv2.weight") in tensors:
+        widths.append(tensors[name].shape[0])
+    if not widths or "post_quant_conv.weight" not in tensors:
+        raise ValueError(f"{path}: no first_stage_model of a known layout; its first tensors are {list(tensors)[:8]}")
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "layers_per_block": sum(f"encoder.down.0.block.{index}.conv1.weight" in tensors for index in range(9)),
+        "latent_channels": tensors["post_quant_conv.weight"].shape[0],
+        "scaling_factor": 0.18215,
+    }
+
+
 class TextEncoder(nn.Module):
-    """A CLIP text tower without its last layers, then its final norm (paper 3.1): one state a token, no projection.
+    """A CLIP text tower's layers, then its final norm (paper 3.1): one state a token, no projection.
 
     As in the public implementation a token sees those before it, and padding (id 0) is not masked.
     """
 
-    def __init__(self, tower: "TextTransformer", skip_layers: int) -> None:
+    def __init__(self, tower: "TextTransformer") -> None:
         import open_clip
 
         super().__init__()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=tower.context_length)
         self.token_embedding = tower.token_embedding
         self.positional_embedding = tower.positional_embedding
-        self.blocks = tower.transformer.resblocks[: len(tower.transformer.resblocks) - skip_layers]
+        self.blocks = tower.transformer.resblocks
         self.ln_final = tower.ln_final
         self.register_buffer("attn_mask", tower.attn_mask, persistent=False)
         self.eval().requires_grad_(False)
@@ -123,43 +165,73 @@ class TextEncoder(nn.Module):
 
 
 def load_text(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
-    """The frozen text tower: an open_clip checkpoint's text half, or a small random tower.
+    """The frozen text tower: an open_clip checkpoint's, a released folder's, or a small random one.
 
     With `weights: random` the start is drawn from `config.seed` and stays as it is. The UNet learns to read the
     states through its cross-attention, so they need not mean anything before: distinct words only have to give
     distinct states, which a random transformer does. It serves closed vocabularies such as the miniature's.
 
-    ValueError or FileNotFoundError, naming the config key, where there are no weights.
+    ValueError or FileNotFoundError, naming the config key, where there are no weights or they do not fit.
     """
     if config.weights is None:
         raise ValueError("model.text.weights is not set: give the path of an open_clip checkpoint, or `random`")
     if config.weights == "random":
-        tower = _random_tower(config)
+        whole, skip = TextEncoder(_random_tower(config)), config.skip_layers
     else:
-        tower = _published_tower(config.architecture, config.weights)
-    if not 0 <= config.skip_layers < len(tower.transformer.resblocks):
-        raise ValueError(f"model.text.skip_layers: {config.skip_layers} of {len(tower.transformer.resblocks)} layers")
-    return TextEncoder(tower, config.skip_layers).to(device)
+        with named("model.text.weights"):
+            whole, skip = _published_tower(config.weights, config.architecture, config.skip_layers)
+    if not 0 <= skip < len(whole.blocks):
+        raise ValueError(f"model.text.skip_layers: {skip} of {len(whole.blocks)} layers")
+    whole.blocks = whole.blocks[: len(whole.blocks) - skip]
+    return whole.to(device)
 
 
 def _random_tower(config: TextConfig) -> "TextTransformer":
-    from open_clip.transformer import TextTransformer
-
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config.seed)
-        return TextTransformer(
-            config.context, width=config.width, heads=config.heads, layers=config.layers, output_dim=None
-        )
+        return _tower(TextShape(config.width, config.heads, config.layers, config.context))
 
 
-def _published_tower(architecture: str, path: str) -> "TextTransformer":
-    """The whole CLIP is read, by open_clip's own loader and without executing pickles; its image half is dropped."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"model.text.weights: there is no file {path}")
+def _tower(shape: TextShape) -> "TextTransformer":
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    return TextTransformer(
+        context_length=shape.context,
+        vocab_size=shape.vocabulary,
+        width=shape.width,
+        heads=shape.heads,
+        layers=shape.layers,
+        mlp_ratio=shape.mlp_ratio,
+        output_dim=None,
+        act_layer=QuickGELU if shape.quick_gelu else nn.GELU,
+    )
+
+
+def _published_tower(path: str, architecture: str, skip_layers: int) -> tuple[TextEncoder, int]:
+    """The tower with all layers that its source has, and how many of them to skip.
+
+    A released folder has no layers but those that are used, unless it has as many as the whole architecture.
+    """
     import open_clip
 
-    model = open_clip.create_model(architecture, pretrained=path, weights_only=True)
-    return getattr(model, "text", model)  # newer architectures keep the text half apart
+    if not storage.exists(path):
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    model = open_clip.get_model_config(architecture)
+    is_file = storage.is_file(path)
+    shape = open_clip_shape(model, architecture) if is_file else folder_shape(path)
+    with torch.device("meta"):
+        tower = _tower(shape)
+        text = TextEncoder(tower)
+    text.attn_mask = tower.build_causal_mask()
+    if is_file:
+        fill(text, read_open_clip(path, text.state_dict()))
+        return text, skip_layers
+    check_tokenizer(path, text.tokenizer)
+    fill(text, read_transformers(path, shape, text.state_dict()))
+    is_whole = model is not None and (shape.width, shape.layers) == tuple(
+        model["text_cfg"][key] for key in ("width", "layers")
+    )
+    return text, skip_layers if is_whole else 0
 
 
 def make_scheduler(config: DiffusionConfig, sampler: str, steps: int) -> Scheduler:

@@ -115,7 +115,7 @@ def _resnet(level: str, layer: int, theirs: str) -> dict[str, str]:
 
 def ldm_vae(levels: int, layers: int) -> dict[str, str]:
     """The autoencoder of Stable Diffusion's own checkpoints; `levels` and `layers` of its encoder."""
-    modules = {}
+    modules: dict[str, str] = {}
     for half in ("encoder", "decoder"):
         attention = {f"{half}.mid_block.attentions.0.{ours}": f"{half}.mid.attn_1.{name}" for ours, name in
                      _VAE_ATTENTION.items()}  # fmt: skip
@@ -155,7 +155,7 @@ def transformers_text(layers: int) -> dict[str, str]:
 
 def split_attention(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Every `attn.in_proj_*` [3 d, ...] as the q, k and v that it stacks."""
-    split = {}
+    split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, fused, kind = name.partition("attn.in_proj_")
         if fused:

@@ -7,6 +7,7 @@ row groups of about 100 rows are the unit of shuffled reading.
 n rows, c channels, f frames, h w latent size (pixels / 8).
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from t2v import storage
 from t2v.config import Stream
+from t2v.weights import named, part, weight_files
 
 ROWS_PER_GROUP = 100
 INDEX = "index.json"
@@ -86,17 +88,21 @@ class Rows:
         return len(self.row_id)
 
 
-def encoder_id(vae_folder: str | None) -> str:
-    """What names a VAE in shards: the digest of the weights in its diffusers folder.
+def encoder_id(vae: str | None) -> str:
+    """What names a VAE in shards: the digest of its weights, those of a diffusers folder or the checkpoint they are in.
 
-    ValueError or FileNotFoundError, naming the config key, where there is no such folder.
+    ValueError or FileNotFoundError, naming the config key, where there are none.
     """
-    if vae_folder is None:
+    if vae is None:
         raise ValueError("model.vae is not set: give the path of a diffusers AutoencoderKL folder")
-    weights = storage.join(vae_folder, WEIGHTS)
-    if not storage.exists(weights):
-        raise FileNotFoundError(f"model.vae: {vae_folder} is no diffusers AutoencoderKL folder, it has no {WEIGHTS}")
-    return storage.digest(weights)
+    if storage.is_file(vae):
+        return storage.digest(vae)
+    if not storage.exists(vae):
+        raise FileNotFoundError(f"model.vae: there is no file or folder {vae}")
+    with named("model.vae"):
+        files = weight_files(part(vae, "vae"))
+    digests = [storage.digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
 
 def latent_schema(info: LatentInfo, keep_variance: bool) -> pa.Schema:

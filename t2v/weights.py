@@ -9,6 +9,7 @@ torch is imported where it is used: which files a folder's weights are (`weight_
 import io
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,17 @@ DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
 _ZIP, _OLD_PICKLE = b"PK\x03\x04", b"\x80\x02"
 _SHOWN = 8  # problems that a message spells out
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Puts the config key that gave a path before the message of what is wrong with it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def part(folder: str, name: str) -> str:

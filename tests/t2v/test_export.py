@@ -1,16 +1,19 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet3DConditionModel
-from safetensors.torch import load_file, save_file
+from diffusers import AutoencoderKL, DiffusionPipeline, TextToVideoSDPipeline, UNet3DConditionModel
 
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TextConfig
 from t2v.diffusion import Diffusion
-from t2v.export import diffusers_config, read_unet, unet_config, write_model
+from t2v.export import read_unet, write_model, write_modelscope
+from t2v.frozen import load_text
 from t2v.sampler import sample
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -20,7 +23,9 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def model(tiny_unet, tmp_path) -> ModelConfig:
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
     vae.save_pretrained(tmp_path / "vae")
-    return ModelConfig(unet=tiny_unet.config, vae=str(tmp_path / "vae"), text=TextConfig(weights="random", width=24))
+    return ModelConfig(
+        unet=tiny_unet.config, vae=str(tmp_path / "vae"), text=TextConfig(weights="random", width=24, heads=2, layers=3)
+    )
 
 
 @pytest.fixture
@@ -63,15 +68,10 @@ def test_diffusers_loads_the_unet(folder, tiny_unet):
     assert (predict(tiny_unet) - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_diffusers_pipeline_samples_the_same_latents(folder, tiny_unet):
-    pipeline = DiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+def pipeline_latents(pipeline: TextToVideoSDPipeline, config: SampleConfig, **prompt: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    text, empty_text = torch.randn(2, 7, 24), torch.randn(1, 7, 24)
-    config = SampleConfig(steps=5, guidance=4)
-    ours = sample(tiny_unet, text, empty_text, (4, 3, 8, 8), [1, 2], config, Diffusion(DiffusionConfig()))
-    theirs = pipeline(
-        prompt_embeds=text,
-        negative_prompt_embeds=empty_text.expand(2, -1, -1),
+    return pipeline(
+        **prompt,
         num_frames=3,
         height=8 * pipeline.vae_scale_factor,
         width=8 * pipeline.vae_scale_factor,
@@ -80,7 +80,49 @@ def test_diffusers_pipeline_samples_the_same_latents(folder, tiny_unet):
         generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
         output_type="latent",
     ).frames
+
+
+def test_diffusers_pipeline_samples_the_same_latents_from_prompts(folder, model, tiny_unet):
+    prompts = ["a red circle moves left", "Wow!"]
+    pipeline = TextToVideoSDPipeline.from_pretrained(folder)
+    theirs = pipeline_latents(pipeline, SampleConfig(), prompt=prompts)
+    text = load_text(model.text)
+    ours = sample(
+        tiny_unet,
+        text.encode(prompts),
+        text.encode([""]),
+        (4, 3, 8, 8),
+        [1, 2],
+        SampleConfig(),
+        Diffusion(DiffusionConfig()),
+    )
+    assert theirs.shape == (2, 4, 3, 8, 8) and theirs[0].std() > 0.01
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_diffusers_pipeline_makes_a_video_of_a_prompt_with_no_other_argument(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline) is TextToVideoSDPipeline
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline("a red circle moves left").frames
+    size = 8 * pipeline.vae_scale_factor
+    assert video.shape == (1, 16, size, size, 3) and np.isfinite(video).all()
+
+
+def test_the_text_encoder_is_the_same_model_wherever_it_came_from(folder, model, tiny_unet, tmp_path):
+    again = replace(model, text=TextConfig(weights=folder))
+    write_model(str(tmp_path / "again"), tiny_unet.state_dict(), again, DiffusionConfig(), {})
+    for name in ("text_encoder/model.safetensors", "text_encoder/config.json", "tokenizer/vocab.json"):
+        assert Path(folder, name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_vae_of_another_layout_is_written_as_a_diffusers_folder(folder, model, tiny_unet, tmp_path):
+    AutoencoderKL.from_pretrained(tmp_path / "vae").save_pretrained(tmp_path / "half", variant="fp16")
+    other = replace(model, vae=str(tmp_path / "half"))
+    write_model(str(tmp_path / "again"), tiny_unet.state_dict(), other, DiffusionConfig(), {})
+    assert equal_weights(
+        *(AutoencoderKL.from_pretrained(path, subfolder="vae") for path in (folder, tmp_path / "again"))
+    )
 
 
 def test_a_newer_model_replaces_the_older_and_leaves_nothing_else(folder, model, tiny_unet):
@@ -107,6 +149,12 @@ def test_a_model_goes_to_an_object_store_and_back(model, tiny_unet):
     assert files == {
         "model_index.json",
         "t2v.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
         "scheduler/scheduler_config.json",
         "unet/config.json",
         WEIGHTS,
@@ -115,55 +163,15 @@ def test_a_model_goes_to_an_object_store_and_back(model, tiny_unet):
     }
 
 
-def test_half_precision_weights_are_read_as_fp32(folder, tiny_unet):
-    save_file({name: weight.half() for name, weight in tiny_unet.state_dict().items()}, Path(folder, WEIGHTS))
-    unet = read_unet(folder)
-    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
-
-
-def test_tensors_that_do_not_fit_are_named(folder, model):
-    weights = load_file(Path(folder, WEIGHTS))
+def test_tensors_that_do_not_fit_are_named_before_anything_is_written(model, tiny_unet, tmp_path):
+    weights = tiny_unet.state_dict()
     weights["conv_inn.weight"] = weights.pop("conv_in.weight")
-    weights["conv_out.bias"] = torch.zeros(5)
-    message = r"conv_in\.weight is missing; conv_inn\.weight is not in the model; conv_out\.bias is \[5\], not \[4\]$"
-    save_file(weights, Path(folder, WEIGHTS))
-    with pytest.raises(ValueError, match=message):
-        read_unet(folder)
-    with pytest.raises(ValueError, match=message):
-        write_model(folder, weights, model, DiffusionConfig(), {})
-
-
-def test_pickled_weights_are_not_read(folder):
-    os.rename(Path(folder, WEIGHTS), Path(folder, "unet", "diffusion_pytorch_model.bin"))
-    with pytest.raises(FileNotFoundError, match=r"unet has no diffusion_pytorch_model\.safetensors"):
-        read_unet(folder)
-
-
-def test_the_first_published_config_is_read():
-    published = diffusers_config(ModelConfig().unet, latent_size=32)
-    del published["num_attention_heads"], published["time_cond_proj_dim"]
-    published |= {"_diffusers_version": "0.15.0.dev0", "class_embed_type": None, "flip_sin_to_cos": True}
-    assert unet_config(published) == ModelConfig().unet
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("_class_name", "UNet2DConditionModel"),
-        ("act_fn", "gelu"),
-        ("out_channels", 8),
-        ("down_block_types", ["DownBlock3D"] * 4),
-        ("attention_head_dim", [5, 10, 20, 20]),
-    ],
-)
-def test_a_unet_of_another_kind_is_refused(name, value):
-    values = diffusers_config(ModelConfig().unet) | {name: value}
-    with pytest.raises(ValueError, match=name):
-        unet_config(values)
-
-
-def test_an_incomplete_config_is_refused():
-    values = diffusers_config(ModelConfig().unet)
-    del values["in_channels"]
-    with pytest.raises(ValueError, match="somewhere: in_channels missing"):
-        unet_config(values, "somewhere")
+    for write in (
+        lambda: write_model(str(tmp_path / "new"), weights, model, DiffusionConfig(), {}),
+        lambda: write_modelscope(str(tmp_path / "new"), weights, model.unet),
+    ):
+        with pytest.raises(
+            ValueError, match=r"weights: conv_in\.weight is missing; conv_inn\.weight is not in the model$"
+        ):
+            write()
+        assert not (tmp_path / "new").exists()

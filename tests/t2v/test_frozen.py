@@ -8,16 +8,18 @@ import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from transformers import CLIPTextConfig, CLIPTextModel
+from safetensors.torch import save_file
 
 from pipelines.config import CorpusConfig
 from pipelines.judge import judge
 from pipelines.nano_frames import draw_shapes
 from pipelines.nano_vae import psnr_db
 from pipelines.shapes import draw_scene, render
+from t2v import keys
 from t2v.config import DiffusionConfig, TextConfig
 from t2v.frozen import Vae, load_text, load_vae, make_scheduler
 from t2v.shards import WEIGHTS
+from tests.t2v.conftest import randomise
 
 NANO_VAE = Path(__file__).parents[2] / "t2v/assets/nano_vae"
 TINY_TEXT = TextConfig(weights="random", width=32, heads=2, layers=3, skip_layers=1)
@@ -78,11 +80,96 @@ def test_vae_id_names_the_weights(vae: Vae, tmp_path: Path) -> None:
 def test_a_missing_vae_names_its_config_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.vae"):
         load_vae(None)
-    with pytest.raises(FileNotFoundError, match="model.vae.*it has no diffusion_pytorch_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="model.vae.*has no diffusion_pytorch_model.safetensors"):
         load_vae(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(FileNotFoundError, match="model.vae.*safetensors"):
         load_vae(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> AutoencoderKL:
+    """A small VAE of Stable Diffusion's layout, whose groups are always 32."""
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return randomise(AutoencoderKL(block_out_channels=[32, 64], layers_per_block=2, latent_channels=4, **kinds)).eval()
+
+
+def same_weights(vae: Vae, autoencoder: AutoencoderKL) -> bool:
+    ours, theirs = vae.model.state_dict(), autoencoder.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def ldm_checkpoint(autoencoder: AutoencoderKL, prefix: str) -> dict[str, torch.Tensor]:
+    """The names and shapes of Stable Diffusion's checkpoints, whose attention is made of convolutions."""
+    state = autoencoder.state_dict()
+    names = keys.renamed(state, keys.ldm_vae(levels=2, layers=2))
+    tensors = {f"{prefix}{names[name]}": tensor for name, tensor in state.items()}
+    return {name: t[..., None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
+def test_a_vae_in_a_stable_diffusion_checkpoint_is_the_same(
+    autoencoder: AutoencoderKL, tmp_path: Path, prefix: str
+) -> None:
+    tensors = ldm_checkpoint(autoencoder, prefix)
+    if prefix:
+        tensors["model.diffusion_model.out.2.bias"] = torch.ones(4)
+    torch.save({"state_dict": tensors, "callbacks": {SampleCallback: SampleCallback()}}, tmp_path / "VQGAN.pth")
+    vae = load_vae(str(tmp_path / "VQGAN.pth"))
+    assert same_weights(vae, autoencoder)
+    assert vae.scale == 0.18215
+    assert len(vae.id) == 16
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = autoencoder.encode(frames.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    assert torch.equal(vae.encode(frames)[0], expected)
+
+
+class SampleCallback:
+    """Left in a checkpoint by the trainer that made it."""
+
+
+@pytest.mark.parametrize("where", [".", "vae"])
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bin", "shards", "old names"])
+def test_a_vae_in_a_diffusers_folder_is_the_same(
+    autoencoder: AutoencoderKL, tmp_path: Path, kind: str, where: str
+) -> None:
+    settings = {
+        "fp16": {"variant": "fp16"},
+        "bin": {"safe_serialization": False},
+        "shards": {"max_shard_size": "200KB"},
+    }
+    autoencoder.save_pretrained(tmp_path / "vae", **settings.get(kind, {}))
+    if kind == "old names":
+        state = autoencoder.state_dict()
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for new, old in names.items():
+            state = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for name, t in state.items()}
+        save_file(state, tmp_path / "vae" / WEIGHTS)
+    vae = load_vae(str(tmp_path / where))
+    assert same_weights(vae, autoencoder)
+    assert len(vae.id) == 16
+
+
+def test_a_vae_that_does_not_fit_names_the_key_the_path_and_the_tensors(
+    autoencoder: AutoencoderKL, tmp_path: Path
+) -> None:
+    tensors = ldm_checkpoint(autoencoder, "first_stage_model.")
+    tensors["first_stage_model.quant.bias"] = tensors.pop("first_stage_model.quant_conv.bias")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "vae.safetensors")
+    message = r"model.vae: .*vae.safetensors: quant\.bias is not in the model; quant_conv\.bias is missing$"
+    with pytest.raises(ValueError, match=message):
+        load_vae(str(tmp_path / "vae.safetensors"))
+    save_file({"some.weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="model.vae: .*other.safetensors: no first_stage_model of a known layout"):
+        load_vae(str(tmp_path / "other.safetensors"))
+    autoencoder.save_pretrained(tmp_path / "vae")
+    settings = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings | {"_class_name": "VQModel"}))
+    with pytest.raises(ValueError, match="model.vae: .*_class_name is 'VQModel'"):
+        load_vae(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="model.vae: there is no file or folder .*nowhere"):
+        load_vae(str(tmp_path / "nowhere"))
 
 
 def test_tokens_are_clips_padded_with_zero() -> None:
@@ -117,67 +204,6 @@ def test_states_train_what_reads_them() -> None:
     reader = torch.nn.Linear(32, 1)
     reader(load_text(TINY_TEXT).encode(PROMPTS)).sum().backward()
     assert reader.weight.grad.abs().sum() > 0
-
-
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a small CLIP, written as open_clip's own training writes it."""
-    folder = tmp_path_factory.mktemp("clip")
-    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
-    words = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
-    (folder / "tiny-clip.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": words}))
-    open_clip.add_model_config(folder / "tiny-clip.json")
-    torch.manual_seed(3)
-    torch.save({"state_dict": open_clip.create_model("tiny-clip").state_dict()}, folder / "clip.pt")
-    return folder / "clip.pt"
-
-
-def test_published_tower_equals_open_clip_cut_before_its_last_layer(clip_file: Path) -> None:
-    text = load_text(TextConfig(weights=str(clip_file), architecture="tiny-clip"))
-    clip = open_clip.create_model("tiny-clip", pretrained=str(clip_file))
-    tokens = open_clip.tokenize(PROMPTS)
-    clip.transformer.resblocks = clip.transformer.resblocks[:-1]
-    with torch.no_grad():
-        embedded = clip.token_embedding(tokens) + clip.positional_embedding
-        expected = clip.ln_final(clip.transformer(embedded, attn_mask=clip.attn_mask))
-    assert torch.equal(text.encode(PROMPTS), expected)
-
-
-def test_published_tower_equals_transformers(clip_file: Path) -> None:
-    """diffusers runs the same weights as a CLIPTextModel with one layer less and no attention mask."""
-    text = load_text(TextConfig(weights=str(clip_file), architecture="tiny-clip"))
-    config = CLIPTextConfig(
-        vocab_size=49408, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, hidden_act="gelu", eos_token_id=49407,
-    )  # fmt: skip
-    reference = CLIPTextModel(config).eval()
-    reference.load_state_dict(_in_transformers_names(text.state_dict()), strict=True)
-    tokens = text.tokenize(PROMPTS)
-    with torch.no_grad():
-        torch.testing.assert_close(text(tokens), reference(tokens).last_hidden_state, atol=1e-5, rtol=0)
-
-
-def _in_transformers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, value in state.items():
-        for ours, theirs in (
-            ("positional_embedding", "embeddings.position_embedding.weight"),
-            ("token_embedding", "embeddings.token_embedding"),
-            ("blocks", "encoder.layers"),
-            ("ln_final", "final_layer_norm"),
-            ("attn.out_proj", "self_attn.out_proj"),
-            ("ln_1", "layer_norm1"),
-            ("ln_2", "layer_norm2"),
-            ("mlp.c_fc", "mlp.fc1"),
-            ("mlp.c_proj", "mlp.fc2"),
-        ):
-            name = name.replace(ours, theirs)
-        if "attn.in_proj_" in name:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
-        else:
-            renamed[name] = value
-    return renamed
 
 
 def test_skipping_every_layer_or_missing_weights_is_an_error() -> None:
