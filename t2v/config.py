@@ -30,9 +30,10 @@ class UNetConfig:
 class TextConfig:
     """The frozen text tower (paper 3.1): OpenCLIP ViT-H/14's text half, 23 of 24 layers and the final norm.
 
-    `weights` is the path of an open_clip checkpoint. With `weights: random` the tower keeps its random start,
-    drawn from `seed` and frozen: its token states still tell words and their order apart, which is all that
-    the miniature needs. `width`, `heads` and `layers` shape that tower alone; `architecture` shapes the other.
+    `weights` is an open_clip checkpoint, or the folder of a released model (text_encoder/ and tokenizer/), which has
+    the 23 layers alone. With `weights: random` the tower keeps its random start, drawn from `seed` and frozen: its
+    token states still tell words and their order apart, which is all that the miniature needs. `width`, `heads` and
+    `layers` shape that tower alone; `architecture` shapes the checkpoint's.
     """
 
     weights: str | None = None
@@ -85,11 +86,16 @@ class DiffusionConfig:
 
 @dataclass
 class ModelConfig:
-    """The three networks of Fig. 2; `vae` is a diffusers AutoencoderKL folder."""
+    """The three networks of Fig. 2. `vae` is a diffusers folder or a Stable Diffusion checkpoint.
+
+    `start` is what training starts from: Stable Diffusion 2.1, of which the spatial part is taken (paper 4.1.3), or a
+    text-to-video model, each as a diffusers folder or as the file it was published in; without it, random weights.
+    """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: str | None = None
     text: TextConfig = field(default_factory=TextConfig)
+    start: str | None = None
 
 
 @dataclass

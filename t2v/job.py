@@ -44,9 +44,17 @@ class TrainJob:
     def log_path(self) -> str:
         return storage.join(self.run_dir, "train", "log.jsonl")
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether there is no checkpoint yet: before each is committed, its model is exported."""
+        return not storage.exists(storage.join(self.model_folder, "t2v.json"))
+
     def inventory(self) -> dict[Stream, list[Shard]]:
         """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""
         self.step.of_rank(0, self.train.workers)
+        start = self.model.start
+        if start is not None and self.is_fresh and not storage.exists(start):
+            raise FileNotFoundError(f"model.start: there is no file or folder {start}")
         found = {
             stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS
         }

@@ -24,6 +24,7 @@ from t2v.export import write_model
 from t2v.feed import Batch, Feed
 from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
+from t2v.published import start_weights
 from t2v.unet import UNet
 
 
@@ -60,7 +61,10 @@ class Trainer:
         self.slots = self.step.of_rank(rank, world)
         self.inventory = job.inventory()
         torch.manual_seed(job.seed)
-        self.engine = Engine(UNet(job.model.unet), job.train, len(self.slots))
+        unet = UNet(job.model.unet)
+        if job.model.start and not resume_from:
+            unet.load_state_dict(start_weights(job.model.start, job.model.unet), strict=False)
+        self.engine = Engine(unet, job.train, len(self.slots))
         self.text = frozen.load_text(job.model.text, self.engine.device)
         self.diffusion = Diffusion(job.diffusion)
         self.samples = self.engine.load(resume_from)["samples"] if resume_from else 0
@@ -174,7 +178,8 @@ class Trainer:
         if self.record:
             job = self.job
             info = {"samples": self.samples}
-            write_model(job.model_folder, averaged, job.model, job.diffusion, info, latent_size=job.size // 8)
+            latent_size = job.size // 8
+            write_model(job.model_folder, averaged, job.model, job.diffusion, info, latent_size, self.text)
         with tempfile.TemporaryDirectory() as folder:
             self.engine.save(folder, {"samples": self.samples})
             self.report(folder, self.samples)

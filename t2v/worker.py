@@ -14,6 +14,7 @@ from ray.util.metrics import Gauge
 
 from t2v import storage
 from t2v.job import STREAMS, TrainJob
+from t2v.published import start_weights
 
 PREVIEW_GRACE_S = 60.0  # for samples of the last model to be drawn, after the last step
 GAUGES = {
@@ -30,6 +31,8 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
     ValueError if shards and job do not go together, or the folder was begun with another model, order or batch.
     """
     job.inventory()
+    if job.is_fresh and job.model.start and storage.is_local(job.model.start):
+        start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
     _keep_identity(job)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # which prints every line of a rank twice
     train = job.train

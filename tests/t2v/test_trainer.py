@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from t2v import shards, storage
@@ -92,6 +92,32 @@ def test_training_moves_every_weight_and_exports_the_average(two_ranks: Path) ->
     fresh = type(read_unet(str(two_ranks / "straight/train/model")))(job("", 2).model.unet).state_dict()
     still = [name for name, weight in weights(two_ranks / "straight").items() if torch.equal(weight, fresh[name])]
     assert not still
+
+
+def test_a_fresh_run_starts_from_public_weights(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    unet = job("", 1).model.unet
+    image = UNet2DConditionModel(
+        block_out_channels=unet.block_out_channels, cross_attention_dim=16, attention_head_dim=[2, 4],
+        norm_num_groups=8, layers_per_block=1, use_linear_projection=True,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    )  # fmt: skip
+    image.save_pretrained(tmp_path / "data" / "start" / "unet")
+    train(tmp_path / "data", tmp_path, 1)
+    trained, start = weights(tmp_path / "straight"), image.state_dict()
+    furthest = max((trained[name] - tensor).abs().max() for name, tensor in start.items())
+    assert 0 < furthest < 6 * 2e-3  # six steps of AdamW at a learning rate of 1e-3
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")[3:]
+
+
+def test_a_missing_start_is_told_at_once_and_no_longer_once_there_is_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "run")
+    good = job(str(tmp_path / "run"), 2)
+    lost = replace(good, model=replace(good.model, start="/weights/sd21"))
+    with pytest.raises(FileNotFoundError, match="model.start: there is no file or folder /weights/sd21"):
+        lost.inventory()
+    storage.write_json(storage.join(good.model_folder, "t2v.json"), {})
+    assert lost.inventory().keys() == {"images", "videos"}
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(two_ranks: Path) -> None:

@@ -1,9 +1,10 @@
 """One rank of a training run without Ray: torchrun tests/t2v/train_ranks.py FOLDER
 
 Trains six steps straight into FOLDER/straight with a checkpoint after three, then those after three anew from that
-checkpoint into FOLDER/resumed, and writes what it exported and logged there.
+checkpoint into FOLDER/resumed, and writes what it exported and logged there. A folder `start` in them is `model.start`.
 """
 
+import os
 import shutil
 import sys
 
@@ -20,12 +21,14 @@ STEP_SAMPLES = 4 + 3 * 2
 def job(run_dir: str, workers: int) -> TrainJob:
     """A tiny model that trains on four slots: one of images, three of videos."""
     unet = UNetConfig(block_out_channels=[16, 32], layers_per_block=1, head_dim=8, text_dim=16, norm_groups=8)
+    text = TextConfig("random", width=16, heads=2, layers=2)
+    start = f"{run_dir}/start" if os.path.exists(f"{run_dir}/start") else None
     return TrainJob(
         run_dir=run_dir,
         seed=0,
         size=32,
         frames=2,
-        model=ModelConfig(unet, f"{run_dir}/vae", TextConfig("random", width=16, heads=2, layers=2)),
+        model=ModelConfig(unet, f"{run_dir}/vae", text, start),
         diffusion=DiffusionConfig(),
         train=TrainConfig(
             workers=workers,
