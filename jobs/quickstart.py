@@ -128,11 +128,12 @@ def _write_prompts(path: str, config: Config) -> None:
 def _show(run_dir: str, begun: float) -> None:
     """What came out, where it lies, and how long it took."""
     from dashboards.report import write_report
-    from pipelines.ledger import funnel_text, read_funnel
+    from pipelines.ledger import funnel_text
     from pipelines.scoring import table
     from t2v import storage
 
-    print(f"\n{funnel_text(read_funnel(run_dir))}\n\n{table(storage.read_json(f'{run_dir}/scores/scores.json'))}\n")
+    funnel = {stream: row["status"] for stream, row in storage.read_json(f"{run_dir}/data/funnel.json").items()}
+    print(f"\n{funnel_text(funnel)}\n\n{table(storage.read_json(f'{run_dir}/scores/scores.json'))}\n")
     print(f"videos   {run_dir}/samples")
     report, parts = f"{run_dir}/report.html", (f"{run_dir}/train/log.jsonl", f"{run_dir}/scores/scores.json")
     if not os.path.exists(report) or os.path.getmtime(report) < max(map(os.path.getmtime, parts)):

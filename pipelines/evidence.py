@@ -4,7 +4,7 @@ A row says what was measured, by which network (and the hash of its weights), of
 many. Distances by stand-in networks go by the networks' names; they are neither FID nor FVD.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 class NetworkScores:
     """What the stand-in networks say of all pairs, streamed: two Frechet distances and the alignment with text."""
 
-    def __init__(self, networks: dict[str, tuple[str, str]]) -> None:
+    def __init__(self, networks: Mapping[str, tuple[str, str]]) -> None:
         self._frames = Distances("Frechet distance of frames", *networks["frames"])
         self._clips = Distances("Frechet distance of clips", *networks["clips"])
         self._text = networks["text"]

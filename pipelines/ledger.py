@@ -32,8 +32,6 @@ Status = Literal[
 Stage = Literal["fetch", "decode", "encode"]
 Funnel = dict[str, Counter[str]]
 
-PLAN = "plan.json"
-
 SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
@@ -65,18 +63,6 @@ def write_ledger(path: str, entries: Sequence[Entry]) -> None:
     table = pa.Table.from_pylist([asdict(entry) for entry in entries], schema=SCHEMA)
     with storage.open_atomic(path) as file:
         pq.write_table(table, file, compression="zstd")
-
-
-def read_funnel(run_dir: str) -> Funnel:
-    """Counts by stream and status of the shards that are done, from their summaries alone.
-
-    The plan tells which shards belong to the present settings; a shard that is not done counts nothing.
-    """
-    data = storage.join(run_dir, "data")
-    return {
-        stream: sum((Counter(summary["status"]) for summary in read_done(data, stream, names)), Counter())
-        for stream, names in storage.read_json(storage.join(data, PLAN)).items()
-    }
 
 
 def read_done(data: str, stream: str, names: Sequence[str]) -> list[dict]:

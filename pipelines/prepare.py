@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipelines.config import DataConfig, FetchConfig, StreamConfig
 from pipelines.fetch import fetch_all
-from pipelines.ledger import PLAN, Funnel, funnel_text, read_done, yield_percent
+from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, normalise, read_shard
 from pipelines.ray_data import quieten, tell_if_too_small
 from t2v import storage
@@ -58,7 +58,6 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     encoder = encoder_id(vae_path)
     data_dir = storage.join(storage.absolute(run_dir), "data")
     plans = _plans(data_dir, data, encoder, seed)
-    storage.write_json(storage.join(data_dir, PLAN), {plan.stream: plan.names for plan in plans})
     tasks = [task for plan in plans for task in plan.missing(data_dir)]
     total = sum(len(plan.names) for plan in plans)
     print(f"[prepare_data] {total - len(tasks)}/{total} shards are done already", flush=True)

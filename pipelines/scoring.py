@@ -1,6 +1,6 @@
 """Scores a model by a test set of real clips and their captions: chooses, generates, measures, writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -109,13 +109,13 @@ def _inputs(
     }
 
 
-def _networks(config: EvaluateConfig) -> dict[str, tuple[str, str]] | None:
+def _networks(config: EvaluateConfig) -> Mapping[str, tuple[str, str]] | None:
     """Name and id of each network, found before any time is spent on videos; None where none is asked for."""
     if config.networks == "none":
         return None
     from t2v.standins import identities
 
-    return {**identities()}
+    return identities()
 
 
 class _Measured(NamedTuple):
@@ -132,7 +132,7 @@ def _measure(
     config: EvaluateConfig,
     sample: SampleConfig,
     data: DataConfig,
-    networks: dict[str, tuple[str, str]] | None,
+    networks: Mapping[str, tuple[str, str]] | None,
 ) -> _Measured:
     import ray
 

@@ -107,6 +107,8 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     assert train.data.params["train.mix.slots"] == "8"
     (picture,) = client.list_artifacts(train.info.run_id, "samples")
     assert picture.path == f"samples/samples-{2 * STEP_SAMPLES:012d}.png"
+    scores = json.loads(Path(client.download_artifacts(runs["evaluate"].info.run_id, "scores.json")).read_text())
+    assert {"score", "value", "colour", "direction"} <= set(scores["columns"])
     history = client.get_metric_history(train.info.run_id, "loss_videos")
     assert [point.step for point in history] == [
         line["samples"] for line in storage.read_lines(f"{run_dir}/train/log.jsonl")
@@ -129,7 +131,7 @@ def test_running_all_again_changes_no_file(
     assert "[train] nothing to do" in capsys.readouterr().out
 
 
-RESTATED = {"plan.json", "index.json", "funnel.json", "manifest.jsonl"}  # summaries that every run writes anew
+RESTATED = {"index.json", "funnel.json", "manifest.jsonl"}  # summaries that every run writes anew
 
 
 def test_more_samples_resume_where_training_stopped(

