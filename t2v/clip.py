@@ -13,7 +13,6 @@ from t2v import keys, storage
 from t2v.weights import TRANSFORMERS_STEMS, fitted, part, read_folder, read_tensors, under
 
 if TYPE_CHECKING:
-    from open_clip import SimpleTokenizer
     from torch import Tensor
 
     from t2v.frozen import TextEncoder
@@ -101,7 +100,7 @@ def read_transformers(path: str, shape: TextShape, like: Mapping[str, "Tensor"])
     return keys.joined_attention(fitted(tensors, names, like, folder))
 
 
-def check_tokenizer(path: str, tokenizer: "SimpleTokenizer") -> None:
+def check_tokenizer(path: str, text: "TextEncoder") -> None:
     """ValueError unless the tokenizer/ of a released folder pads with id 0 and has the vocabulary of open_clip's."""
     root = path.rstrip("/")
     if part(root, "text_encoder") == root:  # the text encoder's own folder
@@ -112,7 +111,7 @@ def check_tokenizer(path: str, tokenizer: "SimpleTokenizer") -> None:
         raise ValueError(
             f"{folder}: pads with {pad!r}, id {vocabulary.get(pad)}; the UNet was trained with id 0, {PAD!r}"
         )
-    ours = _encoder(tokenizer)
+    ours = _encoder(text)
     if vocabulary != ours:
         other = sorted(token for token, _ in vocabulary.items() ^ ours.items())
         raise ValueError(f"{folder}: its vocabulary is not CLIP's, the first differences are at {', '.join(other[:8])}")
@@ -133,8 +132,8 @@ def _pad_token(folder: str) -> str:
     return _SPECIAL["<end_of_text>"]  # transformers' default
 
 
-def _encoder(tokenizer: "SimpleTokenizer") -> dict[str, int]:
-    return {_SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
+def _encoder(text: "TextEncoder") -> dict[str, int]:
+    return {_SPECIAL.get(token, token): index for token, index in text.tokenizer.encoder.items()}
 
 
 def text_config(text: "TextEncoder") -> dict[str, Any]:
@@ -188,7 +187,7 @@ def tokenizer_files(text: "TextEncoder") -> dict[str, str]:
         "tokenizer_class": "CLIPTokenizer",
     }
     return {
-        "vocab.json": json.dumps(_encoder(text.tokenizer), ensure_ascii=False),
+        "vocab.json": json.dumps(_encoder(text), ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n",
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(special | config, indent=2) + "\n",

@@ -226,7 +226,7 @@ def _published_tower(path: str, architecture: str, skip_layers: int) -> tuple[Te
     if is_file:
         fill(text, read_open_clip(path, text.state_dict()))
         return text, skip_layers
-    check_tokenizer(path, text.tokenizer)
+    check_tokenizer(path, text)
     fill(text, read_transformers(path, shape, text.state_dict()))
     is_whole = model is not None and (shape.width, shape.layers) == tuple(
         model["text_cfg"][key] for key in ("width", "layers")
