@@ -135,21 +135,26 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def kernels(self, positions: int, over_time: bool) -> list[Tensor]:
-        """The products of x that self-attention reads: v of a single position, else q, k and v, over time as one."""
+        """The products of x that self-attention reads: q, k and v, over time as one; else its result."""
         q, k, v = self.to_q.weight, self.to_k.weight, self.to_v.weight
-        if positions == 1:
-            return [v + 0 * (q + k)]  # so that q and k have a gradient, if only zero
+        if positions == 1:  # whose softmax is 1: v goes straight through `to_out`, and q and k get zero for a gradient
+            return [self.to_out[0].weight @ (v + 0 * (q + k))]
         return [torch.cat([q, k, v])] if over_time else [q, k, v]
 
     def forward(self, *products: Tensor) -> Tensor:
-        """The products of `kernels`, or q [n, i, s, c], k and v [n, j, 1, c] -> [n, i, s, c]."""
+        """The products of `kernels` -> [n, i, s, c]."""
         kernel = self.to_out[0].weight
         if len(products) == 3:
             q, k, v = (x.unflatten(-1, (-1, self.head_dim)).squeeze(2).transpose(1, 2) for x in products)
             return fused.product(fused.attention(q, k, v).transpose(1, 2).reshape(products[0].shape), kernel)
-        if products[0].shape[1] == 1:
-            return fused.product(products[0], kernel)  # whose softmax is 1
-        return fused.temporal_attention_product(products[0], self.head_dim, kernel)
+        (only,) = products
+        return only if only.shape[1] == 1 else fused.temporal_attention_product(only, self.head_dim, kernel)
+
+    def to_text(self, q: Tensor, text: Tensor) -> Tensor:
+        """q [b*f, i, 1, c], text [b, l, k] -> [b*f, i, 1, c]; all frames of a clip read the same text."""
+        k, v = self.to_k(text), self.to_v(text)
+        y = q.reshape(len(text), -1, q.shape[-1])
+        return fused.cross_attention_product(y, k, v, self.head_dim, self.to_out[0].weight).reshape(q.shape)
 
 
 class GEGLU(nn.Module):
@@ -166,6 +171,22 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.keep = True  # for the backward pass what the gate reads, eight times the width
+
+    def forward(self, x: Tensor, h: Tensor, shift: Tensor, norm: nn.LayerNorm, out: nn.Linear) -> tuple[Tensor, Tensor]:
+        """What `out` makes of y + feed_forward(norm(y)), y = x + h + shift, and the bias that it lacks."""
+        widen, narrow = self.net[0].proj, self.net[2]
+        y = fused.feed_forward_product(
+            x,
+            h,
+            shift,
+            (norm.weight, norm.bias, norm.eps),
+            (widen.weight, widen.bias),
+            out.weight @ narrow.weight,
+            out.weight,
+            self.keep,
+        )
+        return y, out.weight @ narrow.bias + out.bias
 
 
 class TransformerBlock(nn.Module):
@@ -183,10 +204,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, shift: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, text: Tensor | None, out: nn.Linear) -> tuple[Tensor, Tensor]:
         """x [n, i, s, c], still without its shift [c], text [b, l, k] with n a multiple of b.
 
-        Returns what goes beside the feed-forward layer, and the product that its gate reads: two parts of the result.
+        Returns what `out` makes of the result, and the bias that it lacks: the last product of the feed-forward layer
+        and `out` follow on each other, and so are one.
         """
         i, over_time = x.shape[1], text is None
         *products, x = self.norm1(x, None, shift, *self.attn1.kernels(i, over_time))
@@ -194,12 +216,10 @@ class TransformerBlock(nn.Module):
         if text is None:
             *products, x = self.norm2(x, h, shift, *self.attn2.kernels(i, over_time))
             h = self.attn2(*products)
-        else:  # all frames of a clip read the same text: they are one long row of queries
+        else:
             q, x = self.norm2(x, h, shift, self.attn2.to_q.weight)
-            k, v = (linear(text).unsqueeze(2) for linear in (self.attn2.to_k, self.attn2.to_v))
-            h = self.attn2(q.reshape(len(text), -1, 1, q.shape[-1]), k, v).reshape(x.shape)
-        gated, x = self.norm3(x, h, self.attn2.to_out[0].bias, self.ff.net[0].proj.weight)
-        return x, gated
+            h = self.attn2.to_text(q, text)
+        return self.ff(x, h, self.attn2.to_out[0].bias, self.norm3, out)
 
 
 class Transformer(nn.Module):
@@ -217,16 +237,9 @@ class Transformer(nn.Module):
         self.proj_out = zero(nn.Linear(inner, channels))
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        """x [n, i, s, c], text [b, l, k] -> the shape of x.
-
-        The feed-forward's last product and `proj_out` follow on each other, and so are one.
-        """
-        block, out = self.transformer_blocks[0], self.proj_out
-        widen, narrow = block.ff.net[0].proj, block.ff.net[2]
+        """x [n, i, s, c], text [b, l, k] -> the shape of x."""
         y, x = self.norm(x, self.proj_in.weight, silu=False)
-        y, gated = block(y, self.proj_in.bias, text)
-        y = fused.geglu_product(gated, widen.bias, out.weight @ narrow.weight, onto=fused.product(y, out.weight))
-        return fused.add(x, y, out.weight @ narrow.bias + out.bias)
+        return fused.add(x, *self.transformer_blocks[0](y, self.proj_in.bias, text, self.proj_out))
 
 
 class Downsample(nn.Module):

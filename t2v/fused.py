@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_HEADS = 65_535  # of a CUDA grid axis; a video of 256 x 256 pixels has 8,192 in the initial block, over time
-MAX_FRAMES = 64  # that the kernel for attention over time takes
+MAX_FRAMES, MAX_KEYS, HEAD_DIMS = 64, 128, (16, 32, 64, 128)  # that the kernels for attention take
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -77,17 +77,28 @@ def layer_norm_products(
     return *(product(y, kernel) for kernel in kernels), x
 
 
-def geglu_product(p: Tensor, bias: Tensor, kernel: Tensor, onto: Tensor) -> Tensor:
-    """onto + product(value * gelu(gate), kernel), where p + bias [..., 2 c] holds both, side by side.
+def feed_forward_product(
+    x: Tensor,
+    h: Tensor,
+    shift: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    widen: tuple[Tensor, Tensor],
+    kernel: Tensor,
+    beside: Tensor,
+    keep: bool,
+) -> Tensor:
+    """product(value * gelu(gate), kernel) + product(x', beside), of x' = x + h + shift [..., c].
 
-    `onto` may be overwritten.
+    `norm` is a layer norm's weight, bias and eps, `widen` the weight [2 w, c] and bias [2 w] of the layer that makes
+    value and gate of it, side by side. Unless `keep`, that layer too is computed once more in the backward pass.
     """
-    if _on_gpu(p):
-        from t2v.recompute import GegluProduct
+    if _on_gpu(x):
+        from t2v.recompute import FeedForwardProduct
 
-        return GegluProduct.apply(p, bias, kernel, onto)
-    value, gate = (p + bias).chunk(2, dim=-1)
-    return onto + product(value * F.gelu(gate), kernel)
+        return FeedForwardProduct.apply(x, h, shift, *norm, *widen, kernel, beside, keep)
+    x = x + h + shift
+    value, gate = F.linear(F.layer_norm(x, x.shape[-1:], *norm), *widen).chunk(2, dim=-1)
+    return product(x, beside) + product(value * F.gelu(gate), kernel)
 
 
 def add(x: Tensor, h: Tensor, shift: Tensor) -> Tensor:
@@ -105,7 +116,7 @@ def temporal_attention_product(qkv: Tensor, head_dim: int, kernel: Tensor) -> Te
     The sequences count as further heads, which leaves q, k and v where they are.
     """
     n, i, s, _ = qkv.shape
-    if _on_gpu(qkv) and i <= MAX_FRAMES and head_dim in (16, 32, 64, 128):
+    if _on_gpu(qkv) and i <= MAX_FRAMES and head_dim in HEAD_DIMS:
         from t2v.recompute import TemporalAttentionProduct
 
         return TemporalAttentionProduct.apply(qkv, head_dim, kernel)
@@ -113,15 +124,25 @@ def temporal_attention_product(qkv: Tensor, head_dim: int, kernel: Tensor) -> Te
     return product(attention(q, k, v).transpose(1, 2).reshape(n, i, s, -1), kernel)
 
 
+def cross_attention_product(q: Tensor, k: Tensor, v: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
+    """product(softmax attention of all of q [b, ..., c] to k and v [b, l, c], kernel)."""
+    if _on_gpu(q) and k.shape[1] <= MAX_KEYS and head_dim in HEAD_DIMS:
+        from t2v.recompute import CrossAttentionProduct
+
+        return CrossAttentionProduct.apply(q, torch.stack([k, v]), head_dim, kernel)
+    heads = (x.reshape(len(x), -1, x.shape[-1] // head_dim, head_dim).transpose(1, 2) for x in (q, k, v))
+    return product(attention(*heads).transpose(1, 2).reshape(q.shape), kernel)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q [n, heads, i, d] to k and v [n, heads, j, d]."""
-    calls = zip(*(x.split(MAX_HEADS, dim=1) for x in (q, k, v)), strict=True)
-    if q.is_cuda and not torch.compiler.is_compiling():
-        with sdpa_kernel(BACKENDS, set_priority=True):
-            results = [F.scaled_dot_product_attention(*call) for call in calls]
-    else:
-        results = [F.scaled_dot_product_attention(*call) for call in calls]
-    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+    if q.shape[1] > MAX_HEADS:
+        calls = zip(*(x.split(MAX_HEADS, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*call) for call in calls], dim=1)
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def _on_gpu(x: Tensor) -> bool:

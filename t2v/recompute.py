@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from t2v import kernels
+from t2v import attention, kernels
 from t2v.fused import product
 
 # Tiles of rows and columns, and warps, as measured on a Hopper card for the published widths.
@@ -46,6 +46,8 @@ class NormProduct(Function):
         )
         y = torch.empty_like(x)
         kernels.norm_apply[(n, *_tiles(p, c, NORM))](x, affine, y, p, c, *ctx.chance, **ctx.switches, **NORM)
+        if kernel.ndim == 4:  # stored as DeepSpeed wants it; turned once for both passes
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, shift, weight, kernel, affine, stats)
         ctx.set_materialize_grads(False)
         return product(y, kernel), x.view_as(x)
@@ -80,14 +82,7 @@ class LayerNormProducts(Function):
     def forward(
         ctx: Any, x: Tensor, h: Tensor | None, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *after: Tensor
     ) -> tuple[Tensor, ...]:
-        x = x.contiguous()
-        c, m = x.shape[-1], x.numel() // x.shape[-1]
-        tile = _whole_rows(c)
-        y, total = torch.empty_like(x), torch.empty_like(x)
-        stats = torch.empty(m, 2, device=x.device, dtype=torch.float32)
-        kernels.layer_norm[(-(-m // tile["R"]),)](
-            x, h, shift, weight, bias, total, stats, y, m, c, eps, ADD=h is not None, **tile
-        )
+        total, stats, y = _layer_norm(x, h, shift, weight, bias, eps)
         ctx.save_for_backward(total, weight, bias, stats, *after)
         ctx.added = h is not None
         ctx.set_materialize_grads(False)
@@ -97,46 +92,51 @@ class LayerNormProducts(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, weight, bias, stats, *after = ctx.saved_tensors
         *douts, carried = grads
-        c, m = x.shape[-1], x.numel() // x.shape[-1]
-        tile = _whole_rows(c)
         dy = _by_input(douts[0], x, after[0]).flatten(0, -2)
         for dout, kernel in zip(douts[1:], after[1:], strict=True):
             dy.addmm_(dout.flatten(0, -2), kernel)
-        dx, y = torch.empty_like(x), torch.empty_like(x)
-        rows = -(-m // (PROGRAMS // 2 * tile["R"])) * tile["R"]
-        programs = -(-m // rows)
-        sums = torch.empty(programs, 3, c, device=x.device, dtype=torch.float32)
-        carried = carried if carried is None else carried.contiguous()
-        kernels.layer_norm_backward[(programs,)](
-            x, dy, carried, weight, bias, stats, dx, y, sums, m, c, rows, CARRIED=carried is not None, **tile
-        )
-        dweight, dbias, dshift = sums.sum(0).to(weight.dtype)
+        dx, y, dparameters = _layer_norm_backward(x, dy, carried, weight, bias, stats)
         dafter = (_by_kernel(dout, y, kernel) for dout, kernel in zip(douts, after, strict=True))
-        return dx, dx if ctx.added else None, dshift, dweight, dbias, None, *dafter
+        return dx, dx if ctx.added else None, *dparameters, None, *dafter
 
 
-class GegluProduct(Function):
+class FeedForwardProduct(Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor, bias: Tensor, kernel: Tensor, onto: Tensor) -> Tensor:
-        m, width = p.numel() // p.shape[-1], p.shape[-1] // 2
-        y = p.new_empty(m, width)
-        kernels.geglu[_tiles(m, width, GEGLU)](p, bias, y, m, width, **GEGLU)
-        ctx.save_for_backward(p, bias, kernel)
-        ctx.mark_dirty(onto)
-        onto.view(m, -1).addmm_(y, kernel.t())
-        return onto
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        widen: Tensor, widen_bias: Tensor, kernel: Tensor, beside: Tensor, keep: bool,
+    ) -> Tensor:  # fmt: skip
+        total, stats, y = _layer_norm(x, h, shift, weight, bias, eps)
+        p = product(y, widen)
+        m, width = p.numel() // p.shape[-1], kernel.shape[1]
+        gated = p.new_empty(m, width)
+        kernels.geglu[_tiles(m, width, GEGLU)](p, widen_bias, gated, m, width, **GEGLU)
+        ctx.eps = eps
+        ctx.save_for_backward(total, weight, bias, stats, widen, widen_bias, kernel, beside, p if keep else None)
+        out = product(total, beside)
+        out.view(m, -1).addmm_(gated, kernel.t())
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:
-        p, bias, kernel = ctx.saved_tensors
-        width = p.shape[-1] // 2
-        dy = _by_input(dout, p, kernel)
-        dp, y = torch.empty_like(p), torch.empty_like(dy)
-        (_, *grid), rows, sums = _shared_out(dy, 1, GEGLU_BACKWARD)
+        x, weight, bias, stats, widen, widen_bias, kernel, beside, p = ctx.saved_tensors
+        if p is None:
+            _, _, y = _layer_norm(x, None, torch.zeros_like(bias), weight, bias, ctx.eps)
+            p = product(y, widen)
+        dgated = _by_input(dout, x, kernel)
+        dp, gated, width = torch.empty_like(p), torch.empty_like(dgated), kernel.shape[1]
+        (_, *grid), rows, sums = _shared_out(dgated, 1, GEGLU_BACKWARD)
         kernels.geglu_backward[tuple(grid)](
-            p, bias, dy, dp, y, sums, dy.numel() // width, width, rows, **GEGLU_BACKWARD
+            p, widen_bias, dgated, dp, gated, sums, dgated.numel() // width, width, rows, **GEGLU_BACKWARD
         )
-        return dp, sums.sum(0).flatten().to(bias.dtype), _by_kernel(dout, y, kernel), dout
+        del p, dgated
+        dkernel = _by_kernel(dout, gated, kernel)
+        del gated
+        dx, y, dparameters = _layer_norm_backward(
+            x, dp.flatten(0, -2) @ widen, _by_input(dout, x, beside), weight, bias, stats
+        )
+        dwiden, dwiden_bias = _by_kernel(dp, y, widen), sums.sum(0).flatten().to(widen_bias.dtype)
+        return dx, dx, *dparameters, None, dwiden, dwiden_bias, dkernel, _by_kernel(dout, x, beside), None
 
 
 class Add(Function):
@@ -166,7 +166,7 @@ class TemporalAttentionProduct(Function):
         ctx.tile = {"A": ATTENTION_ROWS, "FP": slots, "D": head_dim}
         ctx.grid = (-(-s * slots // ATTENTION_ROWS), heads, n)
         o = qkv.new_empty(n, f, s, width // 3)
-        kernels.temporal_attention[ctx.grid](qkv, o, *ctx.call, **ctx.tile)
+        attention.temporal_attention[ctx.grid](qkv, o, *ctx.call, **ctx.tile)
         ctx.save_for_backward(qkv, kernel)
         return product(o, kernel)
 
@@ -175,8 +175,66 @@ class TemporalAttentionProduct(Function):
         qkv, kernel = ctx.saved_tensors
         do = _by_input(dout, qkv, kernel)
         dqkv, o = torch.empty_like(qkv), torch.empty_like(do)
-        kernels.temporal_attention_backward[ctx.grid](qkv, do, dqkv, o, *ctx.call, **ctx.tile)
+        attention.temporal_attention_backward[ctx.grid](qkv, do, dqkv, o, *ctx.call, **ctx.tile)
         return dqkv, None, _by_kernel(dout, o, kernel)
+
+
+class CrossAttentionProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
+        q, (_, b, keys, c) = q.contiguous(), kv.shape
+        m, heads = q.numel() // (b * c), c // head_dim
+        ctx.call = (head_dim**-0.5, m, keys, heads)
+        ctx.tile = {"A": ATTENTION_ROWS, "LP": max(16, _next_power_of_2(keys)), "D": head_dim}
+        o = torch.empty_like(q)
+        attention.short_attention[(-(-m // ATTENTION_ROWS), heads, b)](q, kv, o, *ctx.call, **ctx.tile)
+        ctx.save_for_backward(q, kv, kernel)
+        return product(o, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        q, kv, kernel = ctx.saved_tensors
+        _, m, _, heads = ctx.call
+        do = _by_input(dout, q, kernel)
+        dq, o, b = torch.empty_like(q), torch.empty_like(q), kv.shape[1]
+        tiles = -(-m // ATTENTION_ROWS)
+        rows = -(-tiles // max(1, min(PROGRAMS // 4 // (b * heads), tiles))) * ATTENTION_ROWS
+        dkv = torch.empty(-(-m // rows), *kv.shape, device=q.device, dtype=torch.float32)
+        attention.short_attention_backward[(len(dkv), heads, b)](
+            q, kv, do, dq, o, dkv, *ctx.call, rows, num_warps=8, **ctx.tile
+        )
+        return dq, dkv.sum(0).to(kv.dtype), None, _by_kernel(dout, o, kernel)
+
+
+def _layer_norm(
+    x: Tensor, h: Tensor | None, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + h + shift, its statistics (mean, 1/std) [m, 2], and its norm."""
+    x = x.contiguous()
+    c, m = x.shape[-1], x.numel() // x.shape[-1]
+    tile = _whole_rows(c)
+    total, y, stats = torch.empty_like(x), torch.empty_like(x), torch.empty(m, 2, device=x.device, dtype=torch.float32)
+    kernels.layer_norm[(-(-m // tile["R"]),)](
+        x, h, shift, weight, bias, total, stats, y, m, c, eps, ADD=h is not None, **tile
+    )
+    return total, stats, y
+
+
+def _layer_norm_backward(
+    x: Tensor, dy: Tensor, carried: Tensor | None, weight: Tensor, bias: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """dx with the carried gradient, the norm again, and the gradients of shift, weight and bias."""
+    c, m = x.shape[-1], x.numel() // x.shape[-1]
+    tile = _whole_rows(c)
+    dx, y = torch.empty_like(x), torch.empty_like(x)
+    rows = -(-m // (PROGRAMS // 2 * tile["R"])) * tile["R"]
+    sums = torch.empty(-(-m // rows), 3, c, device=x.device, dtype=torch.float32)
+    carried = carried if carried is None else carried.contiguous()
+    kernels.layer_norm_backward[(len(sums),)](
+        x, dy, carried, weight, bias, stats, dx, y, sums, m, c, rows, CARRIED=carried is not None, **tile
+    )
+    dweight, dbias, dshift = sums.sum(0).to(weight.dtype)
+    return dx, y, (dshift, dweight, dbias)
 
 
 def _by_input(dout: Tensor, x: Tensor, kernel: Tensor) -> Tensor:

@@ -77,12 +77,15 @@ def test_layer_norm_and_product(kernels, m, channels, added, dtype, tolerance):
 
 
 @PRECISIONS
-@pytest.mark.parametrize(("m", "width"), [(64, 64), (70, 40)])
-def test_gate_and_product(kernels, m, width, dtype, tolerance):
-    def step(p, bias, kernel, onto):
-        return fused.geglu_product(p, bias, kernel, onto * 1)
+@pytest.mark.parametrize(("m", "width", "keep"), [(64, 64, True), (70, 40, False)])
+def test_feed_forward_and_product(kernels, m, width, keep, dtype, tolerance):
+    def step(x, h, shift, weight, bias, widen, widen_bias, kernel, beside):
+        return fused.feed_forward_product(
+            x, h, shift, (weight, bias, 1e-5), (widen / 8, widen_bias), kernel, beside, keep
+        )
 
-    shapes = (m, 2 * width), (2 * width,), (24, width), (m, 24)
+    x, row = (m, 24), (24,)
+    shapes = x, x, row, row, row, (2 * width, 24), (2 * width,), (16, width), (16, 24)
     compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
 
 
@@ -98,6 +101,17 @@ def test_attention_over_time_and_product(kernels, frames, sequences, head_dim, d
         return fused.temporal_attention_product(qkv, head_dim, kernel)
 
     shapes = (2, frames, sequences, 3 * 2 * head_dim), (24, 2 * head_dim)
+    compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(64, 128, 64), (77, 9, 16)])
+def test_attention_to_few_keys_and_product(kernels, queries, keys, head_dim, dtype, tolerance):
+    def step(q, k, v, kernel):
+        return fused.cross_attention_product(q / 3, k, v, head_dim, kernel)
+
+    width = 2 * head_dim
+    shapes = (2, queries, width), (2, keys, width), (2, keys, width), (24, width)
     compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
 
 
