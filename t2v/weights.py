@@ -65,7 +65,9 @@ def _names(stems: Sequence[str]) -> Iterator[str]:
 
 
 def _shards(index: str, folder: str) -> list[str]:
-    names = sorted(set(storage.read_json(index)["weight_map"].values()))
+    if not isinstance(places := storage.read_json(index).get("weight_map"), dict):
+        raise ValueError(f"{index}: no weight_map, which would tell the shards")
+    names = sorted(set(map(str, places.values())))
     if strange := [name for name in names if "/" in name or "\\" in name]:
         raise ValueError(f"{index}: {strange[0]!r} is no file of this folder")
     paths = [storage.join(folder, name) for name in names]

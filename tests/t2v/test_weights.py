@@ -174,6 +174,9 @@ def test_faults_of_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(ValueError, match=r"'../secret.safetensors' is no file of this folder"):
         read_folder(str(tmp_path))
+    (tmp_path / index).write_text("{}")
+    with pytest.raises(ValueError, match="index.json: no weight_map"):
+        read_folder(str(tmp_path))
 
 
 def test_tensors_fit_one_to_one_or_the_misfits_are_named_and_counted() -> None:
