@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pipelines.config import CorpusConfig, DataConfig, EvaluateConfig
 from t2v import storage
+from t2v.bounds import at_least
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from t2v.digest import digest_of
 from t2v.tracking import tracking_uri
@@ -49,22 +50,33 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "seed")
+
 
 def parser(description: str) -> ArgumentParser:
     """A parser of every key of Config, to which a job adds its own arguments."""
-    result = ArgumentParser(description=description, exit_on_error=False)
+    result = ArgumentParser(description=description, exit_on_error=False, print_config=None)
     result.add_argument("--config", action="config", help="a YAML preset, for example jobs/configs/nano.yaml")
+    result.add_argument("--print_config", action="store_true", help="print the checked configuration and exit")
     result.add_class_arguments(Config)
     return result
 
 
 def parse(jobs_parser: ArgumentParser, arguments: list[str] | None = None) -> tuple[Config, Namespace]:
-    """The checked configuration and the job's own arguments; a bad one ends the process with one line and code 2."""
+    """The checked configuration and the job's own arguments; a bad one ends the process with one line and code 2.
+
+    `--print_config` ends it as well, once the configuration is printed as a job would keep it.
+    """
     try:
         found = jobs_parser.parse_args(arguments)
-        return _build(Config, found.as_dict()), found
+        config = _build(Config, found.as_dict())
     except (ArgumentError, ValueError, TypeError) as error:
         _refuse(" ".join(str(error).split()), jobs_parser)
+    if found.print_config:
+        print(_yaml(config), end="")
+        raise SystemExit
+    return config, found
 
 
 @contextmanager
@@ -94,9 +106,12 @@ def job(name: str, config: Config) -> Iterator[None]:
 
 
 def _keep(path: str, config: Config) -> None:
-    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
     with storage.open_atomic(path) as file:
-        file.write(text.encode())
+        file.write(_yaml(config).encode())
+
+
+def _yaml(config: Config) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 
 def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:

@@ -4,6 +4,9 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.columns import column_map
+from t2v.bounds import above_zero, at_least, finite
+
 
 @dataclass
 class CorpusConfig:
@@ -19,8 +22,8 @@ class CorpusConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "clips", "pictures", "test_clips", "seed")
-        _at_least(2, self, "width", "height")
+        at_least(0, self, "clips", "pictures", "test_clips", "seed")
+        at_least(2, self, "width", "height")
         for name in ("width", "height"):
             if getattr(self, name) % 2:
                 raise ValueError(f"{name}: {getattr(self, name)} is odd, but H.264 needs even sizes")
@@ -40,7 +43,8 @@ class StreamConfig:
     shard_rows: int = 100
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "shard_rows")
+        at_least(1, self, "shard_rows")
+        column_map(self.columns)
 
 
 @dataclass
@@ -64,9 +68,9 @@ class FetchConfig:
     cpus_per_task: float = 0.5
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "concurrency", "per_host", "max_bytes", "max_pixels")
-        _at_least(0, self, "retries", "max_redirects")
-        _above_zero(self, "timeout_s", "cpus_per_task")
+        at_least(1, self, "concurrency", "per_host", "max_bytes", "max_pixels")
+        at_least(0, self, "retries", "max_redirects")
+        above_zero(self, "timeout_s", "cpus_per_task")
         for network in self.allow_networks:
             try:
                 ipaddress.ip_network(network)
@@ -84,9 +88,9 @@ class EncodeConfig:
     batch_frames: int = 64
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "workers", "batch_frames")
-        _at_least(0, self, "gpus_per_worker")
-        _above_zero(self, "cpus_per_worker")
+        at_least(1, self, "workers", "batch_frames")
+        at_least(0, self, "gpus_per_worker")
+        above_zero(self, "cpus_per_worker")
 
 
 @dataclass
@@ -105,8 +109,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
             raise ValueError(f"size: {self.size} is no multiple of 8, the VAE's downsampling")
-        _at_least(1, self, "frames")
-        _above_zero(self, "fps")
+        at_least(1, self, "frames")
+        above_zero(self, "fps")
+        finite(self, "fps")
 
 
 @dataclass
@@ -121,17 +126,6 @@ class EvaluateConfig:
     judge_shapes: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "clips")
-        _at_least(0, self, "seed")
-
-
-def _at_least(least: int, config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name}: {getattr(config, name)} is below {least}")
-
-
-def _above_zero(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: {getattr(config, name)} is not above 0")
+        at_least(1, self, "clips")
+        at_least(0, self, "seed")
+        column_map(self.columns)

@@ -12,24 +12,11 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from pipelines.columns import REQUIRED, column_map
 from t2v import storage
 from t2v.digest import digest_of
 
-# Our column <- theirs; the first name that a manifest has is taken. Only url and caption must be there.
-COLUMN_MAPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "webvid": {"url": ("contentUrl",), "caption": ("name",), "duration_s": ("duration",)},
-    "laion2b-en": {"url": ("URL",), "caption": ("TEXT",), "width": ("WIDTH",), "height": ("HEIGHT",)},
-    "msrvtt": {"url": ("path", "video_id"), "caption": ("sentence",)},
-    "generic": {
-        "url": ("url",),
-        "caption": ("caption",),
-        "duration_s": ("duration_s",),
-        "width": ("width",),
-        "height": ("height",),
-    },
-}
 Value = bytes | str | float | None  # a cell of a manifest
-REQUIRED = ("url", "caption")
 SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
@@ -62,21 +49,6 @@ class Manifest:
 def row_id(dataset: str, url: str) -> str:
     """The name by which a row is followed from URL to training step: 16 hex digits of (dataset, URL or path)."""
     return hashlib.blake2b(f"{dataset}\0{url}".encode(), digest_size=8).hexdigest()
-
-
-def column_map(columns: str) -> dict[str, tuple[str, ...]]:
-    """A built-in map by name, or an explicit one such as `url=link,caption=title,duration_s=length`."""
-    if columns in COLUMN_MAPS:
-        return COLUMN_MAPS[columns]
-    pairs = [pair.partition("=") for pair in columns.split(",")]
-    explicit: dict[str, tuple[str, ...]] = {ours.strip(): (theirs.strip(),) for ours, _, theirs in pairs if theirs}
-    known = set(SCHEMA.names) - {"row_id"}
-    if len(explicit) < len(pairs) or not set(REQUIRED) <= set(explicit) <= known:
-        raise ValueError(
-            f"columns: {columns!r} is neither one of {', '.join(COLUMN_MAPS)} nor a list like 'url=link,caption=title' "
-            f"of {', '.join(sorted(known))}"
-        )
-    return explicit
 
 
 def read_manifest(path: str, columns: str) -> Iterator[pa.RecordBatch]:

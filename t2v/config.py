@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from t2v.bounds import above_zero, at_least, finite, fraction
+
 Stream = Literal["images", "videos"]
 
 
@@ -20,6 +22,10 @@ class UNetConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        at_least(1, self, "channels", "layers_per_block", "head_dim", "text_dim", "norm_groups")
+        fraction(self, "dropout")
+        if not self.block_out_channels or min(self.block_out_channels) < 1:
+            raise ValueError(f"block_out_channels: {self.block_out_channels} is no list of widths, each at least 1")
         for width in self.block_out_channels:
             for name, unit in (("norm_groups", self.norm_groups), ("head_dim", self.head_dim)):
                 if width % unit:
@@ -44,6 +50,12 @@ class TextConfig:
     layers: int = 24
     context: int = 77
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "width", "heads", "layers", "context")
+        at_least(0, self, "skip_layers", "seed")
+        if self.weights == "random" and self.width % self.heads:
+            raise ValueError(f"width: {self.width} is no multiple of heads ({self.heads})")
 
 
 @dataclass
@@ -78,8 +90,8 @@ class DiffusionConfig:
             raise ValueError(f"min_snr_gamma: {self.min_snr_gamma} is not above 0; null turns it off")
         if not 0 <= self.offset_noise < math.inf:
             raise ValueError(f"offset_noise: {self.offset_noise} is not a deviation, 0 turns it off")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout: {self.caption_dropout} is not in [0, 1)")
+        fraction(self, "caption_dropout")
+        at_least(2, self, "timesteps")
         if not 0 < self.beta_start < self.beta_end < 1:
             raise ValueError(f"beta_start, beta_end: {self.beta_start}, {self.beta_end} do not rise within (0, 1)")
 
@@ -112,8 +124,8 @@ class MixConfig:
     videos_per_step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.frames_per_slot < 1 or self.image_every < 2:
-            raise ValueError("slots and frames_per_slot must be at least 1, image_every at least 2")
+        at_least(1, self, "slots", "frames_per_slot", "images_per_step", "videos_per_step")
+        at_least(2, self, "image_every")
         if self.slots % self.image_every:
             raise ValueError(f"slots: {self.slots} is no multiple of image_every ({self.image_every})")
 
@@ -142,11 +154,12 @@ class TrainConfig:
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self) -> None:
-        for name in ("workers", "cpus_per_worker", "samples", "checkpoint_every_samples", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is below 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: {self.learning_rate} is not above 0")
+        at_least(1, self, "workers", "cpus_per_worker", "samples", "shuffle_rows")
+        at_least(1, self, "checkpoint_every_samples", "keep_checkpoints", "sample_every_samples")
+        at_least(0, self, "gpus_per_worker", "warmup_samples", "weight_decay", "log_every_s")
+        above_zero(self, "learning_rate", "clip_norm", "ema_halflife_samples")
+        finite(self, "learning_rate", "weight_decay")
+        fraction(self, "betas")
 
 
 @dataclass
@@ -167,5 +180,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"steps: {self.steps} is not in 1..1000")
-        if self.frames < 1 or self.batch < 1 or self.workers < 1:
-            raise ValueError("frames, batch and workers must be at least 1")
+        at_least(1, self, "frames", "batch", "fps", "workers")
+        at_least(0, self, "guidance", "seed", "gpus_per_worker")
+        finite(self, "guidance")
+        above_zero(self, "cpus_per_worker")

@@ -73,6 +73,16 @@ def test_overrides_come_last_and_the_digest_follows_the_values() -> None:
         (["--data.fps", "0"], "data.fps: 0.0 is not above 0"),
         (["--corpus.width", "191"], "corpus.width: 191 is odd"),
         (["--evaluate.clips", "0"], "evaluate.clips: 0 is below 1"),
+        (["--seed", "-4"], "seed: -4 is below 0"),
+        (["--train.mix.images_per_step", "0"], "train.mix.images_per_step: 0 is below 1"),
+        (["--train.betas", "[0.9, 1.5]"], "train.betas: (0.9, 1.5) is not in [0, 1)"),
+        (["--model.text.layers", "-3"], "model.text.layers: -3 is below 1"),
+        (["--sample.guidance", ".nan"], "sample.guidance: nan is not a number"),
+        (["--data.fps", ".inf"], "data.fps: inf is not a finite number"),
+        (["--data.videos.columns", "webvit"], "data.videos.columns: 'webvit' is neither one of webvid, laion2b-en"),
+        (["--data.images.columns", "url=link"], "data.images.columns: 'url=link' is neither one of"),
+        (["--evaluate.columns", ""], "evaluate.columns: '' is neither one of"),
+        (["--train.samples", "-1", "--print_config"], "train.samples: -1 is below 1"),
     ],
 )
 def test_bad_values_are_one_line_that_names_the_key(
@@ -99,6 +109,17 @@ def test_bad_files_are_one_line_too(text: str, said: str, tmp_path: Path, capsys
         parse(parser(""), ["--config", str(tmp_path / "bad.yaml")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_what_print_config_shows_is_a_preset_of_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", f"{PROJECT}/jobs/configs/nano.yaml", "--train.samples", "92"]
+    with pytest.raises(SystemExit) as stopped:
+        parse(parser(""), [*given, "--print_config"])
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert not stopped.value.code
+    assert parse(parser(""), ["--config", str(tmp_path / "shown.yaml")])[0] == parse(parser(""), given)[0]
 
 
 def test_a_relative_run_dir_within_rays_copy_is_refused(

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.manifests import column_map, normalise, read_manifest, read_shard, row_id
+from pipelines.columns import column_map
+from pipelines.manifests import normalise, read_manifest, read_shard, row_id
 from t2v import storage
 
 ROWS = [

@@ -1,0 +1,31 @@
+"""What the columns of manifests are called; light, so that a wrong name is told when the configuration is read."""
+
+# Our column <- theirs; the first name that a manifest has is taken. Only url and caption must be there.
+COLUMN_MAPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "webvid": {"url": ("contentUrl",), "caption": ("name",), "duration_s": ("duration",)},
+    "laion2b-en": {"url": ("URL",), "caption": ("TEXT",), "width": ("WIDTH",), "height": ("HEIGHT",)},
+    "msrvtt": {"url": ("path", "video_id"), "caption": ("sentence",)},
+    "generic": {
+        "url": ("url",),
+        "caption": ("caption",),
+        "duration_s": ("duration_s",),
+        "width": ("width",),
+        "height": ("height",),
+    },
+}
+REQUIRED = ("url", "caption")
+
+
+def column_map(columns: str) -> dict[str, tuple[str, ...]]:
+    """A built-in map by name, or an explicit one such as `url=link,caption=title,duration_s=length`."""
+    if columns in COLUMN_MAPS:
+        return COLUMN_MAPS[columns]
+    pairs = [pair.partition("=") for pair in columns.split(",")]
+    explicit: dict[str, tuple[str, ...]] = {ours.strip(): (theirs.strip(),) for ours, _, theirs in pairs if theirs}
+    known = set(COLUMN_MAPS["generic"])
+    if len(explicit) < len(pairs) or not set(REQUIRED) <= set(explicit) <= known:
+        raise ValueError(
+            f"columns: {columns!r} is neither one of {', '.join(COLUMN_MAPS)} nor a list like 'url=link,caption=title' "
+            f"of {', '.join(sorted(known))}"
+        )
+    return explicit
