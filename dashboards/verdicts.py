@@ -65,7 +65,7 @@ def proof(prompt: str, frames: np.ndarray) -> list[Word]:
         said = parse_caption(prompt)
     except ValueError:
         return [Word(prompt)]
-    seen = judge(frames).fields
+    seen = judge(frames)
     read = {text: other or NOTHING for text, other in zip(said, seen, strict=True) if text}
     pieces = re.split(rf"\b({'|'.join(map(re.escape, read))})\b", prompt)
     return [Word(piece, read.get(piece)) for piece in pieces if piece]

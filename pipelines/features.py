@@ -123,4 +123,4 @@ class Extractor:
 
     def _judge(self, real: np.ndarray, generated: np.ndarray) -> dict[str, Any]:
         clips = (real, generated) if self._config.judge_shapes else ()
-        return {"seen": json.dumps([judge(clip).fields for clip in clips])}
+        return {"seen": json.dumps([judge(clip) for clip in clips])}

@@ -29,14 +29,6 @@ PATTERNS = {"striped": (1.0, 0.0), "checkered": (0.0, 0.0), "dotted": (0.31, 0.3
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a clip shows; a field is None where nothing can be read. `overlap` is the best template's, 0 to 1."""
-
-    fields: Fields
-    overlap: float
-
-
-@dataclass(frozen=True)
 class Confusion:
     """How often each true label (rows) was read as each label (columns, and a last one for nothing read)."""
 
@@ -59,21 +51,20 @@ class Scores:
     confusion: dict[str, Confusion]
 
 
-def judge(frames: np.ndarray) -> Reading:
-    """The fields of one clip or picture, uint8 RGB [f, h, w, 3], about 64 pixels high or more."""
+def judge(frames: np.ndarray) -> Fields:
+    """What a clip or picture shows, uint8 RGB [f, h, w, 3], about 64 pixels high or more; None for what is not seen."""
     pixels = frames.astype(np.float32)
     chroma = pixels.max(-1) - pixels.min(-1)  # [f, h, w]
     peak = float(np.percentile(chroma, 99))
     masks = np.stack([_largest_patch(plane > peak / 2) for plane in chroma])
     seen = masks.mean((1, 2)) > MIN_AREA
     if peak < MIN_CHROMA or not seen.any():
-        return Reading(Fields(None, None, None, None), 0.0)
+        return Fields(None, None, None, None)
     around = np.stack([cv2.dilate(mask, np.ones((3, 3), np.uint8)) for mask in masks])
     cover = np.clip(chroma / peak * 1.6 - 0.3, 0, 1) * around
-    shape, overlap = _shape(cover[seen])
     colour = _colour(pixels[(chroma > 0.8 * peak) & (masks > 0)])
     background = _background(pixels.mean(-1), masks)
-    return Reading(Fields(colour, shape, _direction(cover, seen), background), overlap)
+    return Fields(colour, _shape(cover[seen]), _direction(cover, seen), background)
 
 
 def _largest_patch(mask: np.ndarray) -> np.ndarray:
@@ -125,12 +116,12 @@ def _templates() -> np.ndarray:
     return np.stack([_aligned(cover[None].astype(np.float32)) for cover in covers])
 
 
-def _shape(covers: np.ndarray) -> tuple[str | None, float]:
-    """The shape of greatest overlap (intersection over union) with the aligned mask, and that overlap."""
+def _shape(covers: np.ndarray) -> str | None:
+    """The shape of greatest overlap (intersection over union) with the aligned mask."""
     mask, templates = _aligned(covers), _templates()
     overlaps = np.minimum(mask, templates).sum((1, 2)) / np.maximum(mask, templates).sum((1, 2))
     best = int(overlaps.argmax())
-    return (SHAPES[best] if overlaps[best] > MIN_OVERLAP else None), float(overlaps[best])
+    return SHAPES[best] if overlaps[best] > MIN_OVERLAP else None
 
 
 def _direction(cover: np.ndarray, seen: np.ndarray) -> str | None:

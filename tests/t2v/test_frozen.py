@@ -63,7 +63,7 @@ def test_a_clip_of_the_corpus_can_be_read_after_the_way_through_the_latents(vae:
     clips = [np.stack([render(scene, k / 3, 64, 64) for k in range(0, 16, 3)]) for scene in scenes]
     means = [vae.encode(torch.from_numpy(clip))[0] for clip in clips]
     latents = torch.stack(means).transpose(1, 2) * vae.scale
-    readings = [judge(clip).fields for clip in vae.decode(latents).numpy()]
+    readings = [judge(clip) for clip in vae.decode(latents).numpy()]
     assert readings == [scene.fields for scene in scenes]
 
 
