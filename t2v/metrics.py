@@ -56,12 +56,6 @@ class Gaussian:
             self._rows = [np.concatenate(self._rows)]
         return self._rows[0] if self._rows else np.zeros((0, self.width))
 
-    def covariance(self, ddof: int = 1) -> Array:
-        """The covariance [d, d]: scatter / (n - ddof). Raises ValueError when n <= ddof."""
-        self._require(ddof)
-        factor = self.factor()
-        return factor.T @ factor / (self.count - ddof)
-
     def _absorb(self, count: int, mean: Array, rows: Array) -> None:
         total = self.count + count
         shift = mean - self.mean
@@ -70,10 +64,6 @@ class Gaussian:
         self.count = total
         if sum(map(len, self._rows)) > 2 * self.width:
             self.factor()
-
-    def _require(self, ddof: int) -> None:
-        if self.count <= ddof:
-            raise ValueError(f"{self.count} samples are too few for a covariance: at least {ddof + 1} are needed")
 
 
 def frechet_distance(a: Gaussian, b: Gaussian, ddof: int = 1) -> float:
@@ -89,7 +79,8 @@ def frechet_distance(a: Gaussian, b: Gaussian, ddof: int = 1) -> float:
     if a.width != b.width:
         raise ValueError(f"features of width {a.width} and {b.width} cannot be compared")
     for side in (a, b):
-        side._require(ddof)
+        if side.count <= ddof:
+            raise ValueError(f"{side.count} samples are too few for a covariance: at least {ddof + 1} are needed")
     factor_a = a.factor() / np.sqrt(a.count - ddof)
     factor_b = b.factor() / np.sqrt(b.count - ddof)
     shared = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
