@@ -3,6 +3,7 @@
 MLFLOW_TRACKING_URI names any server; without it the runs are kept in SQLite beside what the job makes.
 """
 
+import json
 import logging
 import os
 import time
@@ -10,8 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from t2v import storage
 from t2v.tracking import tracking_uri
@@ -23,7 +26,8 @@ log = logging.getLogger(__name__)
 class Record:
     """One MLflow run for (`run_dir`, `job`), whatever the number of processes that add to it after each other.
 
-    A tracking server that fails is said once and never stops the job.
+    Whoever brings no `params` adds to a run that another process begins and ends, and leaves its status alone. A
+    tracking server that fails is said once and never stops the job.
     """
 
     def __init__(self, run_dir: str, job: str, params: Mapping[str, Any]) -> None:
@@ -42,10 +46,8 @@ class Record:
         self._try(lambda: self._client.log_batch(self.run_id, metrics=points))
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
-        """Keeps rows as a table (`name` ends in .json) that the run's page shows."""
-        keys = dict.fromkeys(key for row in rows for key in row)  # rows of several kinds may share a table
-        columns = {key: [row.get(key) for row in rows] for key in keys}
-        self._try(lambda: self._client.log_table(self.run_id, columns, name))
+        """Keeps rows as a table (`name` ends in .json) that the run's page shows, in place of an earlier one."""
+        self._try(self._replace_table, pd.DataFrame(rows).to_json(orient="split", index=False), name)
 
     def file(self, path: str, folder: str) -> None:
         """Keeps a local file in `folder` of the run's files."""
@@ -59,7 +61,8 @@ class Record:
         self._client = mlflow.MlflowClient(uri)
         if storage.exists(self._note):
             self.run_id = storage.read_json(self._note)["run_id"]
-            self._client.update_run(self.run_id, status="RUNNING")
+            if params:
+                self._client.update_run(self.run_id, status="RUNNING")
         else:
             artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else f"{run_dir}/mlruns"
             found = self._client.get_experiment_by_name(EXPERIMENT)
@@ -68,6 +71,13 @@ class Record:
             self.run_id = self._client.create_run(experiment, run_name=name).info.run_id
             storage.write_json(self._note, {"run_id": self.run_id})
             self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in params.items()])
+
+    def _replace_table(self, text: str, name: str) -> None:
+        """MLflow's log_table without its appending: the file as it writes it, and the tag that makes it a table."""
+        self._client.log_text(self.run_id, text, name)
+        tables = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if (entry := {"path": name, "type": "table"}) not in tables:
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
 
     def _try(self, call: Callable[..., object], *arguments: Any) -> None:
         if self._silenced and not self.run_id:

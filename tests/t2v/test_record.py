@@ -23,6 +23,34 @@ def test_a_rerun_continues_the_same_run(tmp_path: Path) -> None:
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["rows.json"]
 
 
+def test_a_table_replaces_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(str(tmp_path), "prepare_data", {"size": 64})
+    record.table([{"clips": 7}], "scores.json")
+    for rows in (3, 5):
+        again = Record(str(tmp_path), "prepare_data", {"size": 64})
+        again.table([{"stream": "images", "rows": rows}, {"stream": "videos", "value": 0.5}], "funnel.json")
+    client = mlflow.MlflowClient(tracking_uri(str(tmp_path)))
+    experiment = client.get_experiment_by_name("t2v").experiment_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(str(tmp_path)))  # load_table asks it, not the client
+    table = client.load_table(experiment, "funnel.json")  # finds runs by what the page shows as tables
+    assert table.astype(object).where(table.notna(), None).to_dict("records") == [
+        {"stream": "images", "rows": 5, "value": None},
+        {"stream": "videos", "rows": None, "value": 0.5},
+    ]
+    assert client.load_table(experiment, "scores.json").to_dict("records") == [{"clips": 7}]
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
+def test_adding_to_a_run_that_has_ended_does_not_open_it_again(tmp_path: Path, status: str) -> None:
+    begun = Record(str(tmp_path), "train", {"samples": 5})
+    begun.close(status)
+    (tmp_path / "grid.png").write_bytes(b"picture")
+    Record(str(tmp_path), "train", {}).file(str(tmp_path / "grid.png"), "samples")
+    client = mlflow.MlflowClient(tracking_uri(str(tmp_path)))
+    assert client.get_run(begun.run_id).info.status == status
+    assert [file.path for file in client.list_artifacts(begun.run_id, "samples")] == ["samples/grid.png"]
+
+
 def test_a_store_that_fails_is_said_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
