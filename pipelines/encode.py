@@ -49,7 +49,7 @@ class ShardEncoder:
         if self.vae.id != encoder:
             raise ValueError(f"{vae_path}: weights {self.vae.id} here, but {encoder} where the run was started")
         black = torch.zeros(1, data.size, data.size, 3, dtype=torch.uint8)
-        self.channels, self.height, self.width = self.vae.encode(black)[0].shape[1:]
+        self.channels, self.height, self.width = self.vae.encode(black)[0].shape[1:]  # or tells that it is broken
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
 

@@ -3,6 +3,7 @@
 n images, y x pixels, h w latent size (pixels / 8), c channels. Channels are the last axis.
 """
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,16 +21,20 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     encoder = vae.encoder
     x = _conv(encoder.conv_in, pixels)
     for level in encoder.down_blocks:
-        for resnet in level.resnets:
-            x = _resnet(resnet, x)
+        x = _level(level, x)
         for downsampler in level.downsamplers or ():
             x = _conv(downsampler.conv, F.pad(x, (0, 0, 0, 1, 0, 1)))  # a row and a column of zeros at the far ends
-    first, last = encoder.mid_block.resnets
-    x = _resnet(first, x)
-    for attention in encoder.mid_block.attentions:
-        x = _attention(attention, x)
-    x = _norm_product(encoder.conv_norm_out, _resnet(last, x), encoder.conv_out.weight) + encoder.conv_out.bias
+    x = _level(encoder.mid_block, x)
+    x = _norm_product(encoder.conv_norm_out, x, encoder.conv_out.weight) + encoder.conv_out.bias
     return x if vae.quant_conv is None else _conv(vae.quant_conv, x)
+
+
+def _level(level: Any, x: Tensor) -> Tensor:
+    """Residual blocks, each followed by its attention where the level has one for it."""
+    for resnet, attention in zip_longest(level.resnets, getattr(level, "attentions", ())):
+        x = _resnet(resnet, x)
+        x = x if attention is None else _attention(attention, x)
+    return x
 
 
 def _norm_product(norm: nn.GroupNorm, x: Tensor, kernel: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -5,13 +5,15 @@ diffusers and open_clip are imported where they are used: either takes seconds, 
 b videos or prompts, n frames, c latent channels, f frames of a video, h w latent size, l tokens, d text width.
 """
 
+import copy
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
 
-from t2v import keys, storage
+from t2v import autoencoder, keys, storage
 from t2v.clip import TextShape, check_tokenizer, folder_shape, open_clip_shape, read_open_clip, read_transformers
 from t2v.config import DiffusionConfig, TextConfig
 from t2v.shards import encoder_id
@@ -30,7 +32,8 @@ Scheduler = Union["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultiste
 class Vae:
     """A frozen AutoencoderKL that takes and gives frames as they are stored, some at a time to bound the memory.
 
-    `id` names the weights that made a latent; `scale` brings latents to unit variance before diffusion.
+    `id` names the weights that made a latent; `scale` brings latents to unit variance before diffusion. A GPU encodes
+    in fp16, as latents are stored, and decodes in fp32.
     """
 
     def __init__(self, model: "AutoencoderKL", weights_id: str, chunk_frames: int) -> None:
@@ -38,20 +41,41 @@ class Vae:
         self.id = weights_id
         self.scale = float(model.config["scaling_factor"])
         self.chunk_frames = chunk_frames
+        self.encodes_in = torch.float16 if model.device.type == "cuda" else torch.float32
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, unscaled: training draws its latents from them (VGen does so).
 
-        uint8 [n, 8h, 8w, 3] -> two of float32 [n, c, h, w], on the VAE's device.
+        uint8 [n, 8h, 8w, 3] -> two of float32 [n, c, h, w], on the VAE's device, which fp16 can hold. Frames are
+        bounded, so that ValueError, where it cannot, speaks of the weights and not of one row.
         """
-        means, logvars = [], []
-        for chunk in frames.split(self.chunk_frames):
-            pixels = chunk.to(self.model.device).permute(0, 3, 1, 2) / 127.5 - 1
-            posterior = self.model.encode(pixels).latent_dist
-            means.append(posterior.mean)
-            logvars.append(posterior.logvar)
-        return torch.cat(means), torch.cat(logvars)
+        moments = torch.cat([self._moments(chunk.to(self.model.device)) for chunk in frames.split(self.chunk_frames)])
+        if not _storable(moments).all():  # before the clamp, which would hide an infinity
+            raise ValueError(
+                "model.vae: its latents are beyond fp16 or not finite, in fp32 too: broken weights"
+            )
+        mean, logvar = moments.movedim(-1, 1).contiguous().chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)  # as diffusers does
+
+    def _moments(self, frames: Tensor) -> Tensor:
+        """Mean and log-variance side by side, float32 [n, h, w, 2 c]; a frame that overflows fp16 is done in fp32."""
+        pixels = frames / 127.5 - 1
+        if self.encodes_in == torch.float32:
+            return autoencoder.encode(self.model, pixels)
+        moments = autoencoder.encode(self._half, pixels.half()).float()
+        failed = ~_storable(moments)
+        if failed.any():
+            moments[failed] = autoencoder.encode(self.model, pixels[failed])
+        return moments
+
+    @cached_property
+    def _half(self) -> "AutoencoderKL":
+        """The encoder's weights as a GPU reads them fastest, made when first needed: who decodes alone has none."""
+        encoder = copy.deepcopy(self.model)
+        del encoder.decoder
+        autoencoder.channels_last(encoder.half())
+        return encoder
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -60,6 +84,11 @@ class Vae:
         chunks = z.flatten(0, 1).split(self.chunk_frames)
         frames = torch.cat([_to_uint8(self.model.decode(chunk).sample) for chunk in chunks])
         return frames.unflatten(0, z.shape[:2])
+
+
+def _storable(moments: Tensor) -> Tensor:
+    """Which of the images [n, ...] are all finite numbers of fp16: bool [n]."""
+    return (moments.abs() <= torch.finfo(torch.float16).max).flatten(1).all(1)
 
 
 def _to_uint8(pixels: Tensor) -> Tensor:
@@ -102,6 +131,8 @@ def _read_vae(path: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, s
     config = storage.read_json(settings)
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"{settings}: _class_name is {kind!r}, this VAE is an AutoencoderKL")
+    if (activation := config.get("act_fn", "silu")) != "silu":
+        raise ValueError(f"{settings}: act_fn is {activation!r}, this VAE's is silu")
     tensors = read_folder(folder)
     old = any(name.endswith(".proj_attn.weight") for name in tensors)
     return config, tensors, keys.old_diffusers_vae() if old else {}

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
+from pipelines.encode import ShardEncoder
 from pipelines.ledger import Entry, Funnel, funnel_text
 from pipelines.media import read_clip, read_image
 from pipelines.prepare import prepare
 from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
 from t2v import shards, storage
+from t2v.shards import encoder_id
 from tests.pipelines.conftest import real_clip
 
 SEED = 3
@@ -175,6 +177,16 @@ def test_a_missing_summary_has_its_shard_made_again_alike_and_no_other(prepared)
     assert after.keys() == before.keys()
     assert {path.stem for path in after if after[path] != before[path]} == {done.stem}
     assert shard.read_bytes() == content
+
+
+def test_a_broken_vae_stops_the_encoder_before_its_first_row(prepared, tmp_path):
+    from diffusers import AutoencoderKL
+
+    broken = AutoencoderKL.from_pretrained(prepared.vae)
+    broken.quant_conv.bias.data.fill_(float("inf"))
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.vae: its latents are beyond fp16 or not finite"):
+        ShardEncoder(str(tmp_path), prepared.data, str(tmp_path), encoder_id(str(tmp_path)), SEED)
 
 
 def test_what_cannot_work_is_said_before_anything_is_spent(prepared, tmp_path):

@@ -1,5 +1,6 @@
 """The frozen parts against the libraries they wrap, and the miniature's VAE against its promise."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipelines.nano_frames import draw_shapes
 from pipelines.nano_vae import psnr_db
 from pipelines.shapes import draw_scene, render
 from t2v import keys
+from t2v.autoencoder import encode
 from t2v.config import DiffusionConfig, TextConfig
 from t2v.frozen import Vae, load_text, load_vae, make_scheduler
 from t2v.shards import WEIGHTS
@@ -50,6 +52,62 @@ def test_encode_and_decode_are_the_diffusers_network(vae: Vae, frames: torch.Ten
     assert decoded.shape == (2, 8, 64, 64, 3) and decoded.dtype == torch.uint8
     # Half a level of rounding, and a little more where arithmetic differs on the edge of one.
     assert (decoded.flatten(0, 1) / 255 - seen).abs().max() <= 0.501 / 255
+
+
+@torch.no_grad()
+def changed(vae: Vae, bias: float = 0.0, brightness: float = 1.0) -> Vae:
+    """A copy that encodes in fp16, as on a GPU, with another log-variance or another scale of its first features."""
+    model = copy.deepcopy(vae.model)
+    model.quant_conv.bias[4:] += bias
+    model.encoder.conv_in.weight *= brightness
+    half = Vae(model, "", chunk_frames=5)
+    half.encodes_in = torch.float16
+    return half
+
+
+def test_fp16_is_the_same_to_its_precision(vae: Vae, frames: torch.Tensor) -> None:
+    half = changed(vae)
+    for found, expected in zip(half.encode(frames), vae.encode(frames), strict=True):
+        assert found.dtype == torch.float32
+        assert 0 < (found - expected).norm() <= 5e-3 * expected.norm()
+    assert half.model.dtype == torch.float32  # decoding stays exact
+
+
+def test_frames_that_overflow_fp16_are_encoded_in_fp32_and_no_others(vae: Vae, frames: torch.Tensor) -> None:
+    half = changed(vae, brightness=5e4)
+    grey = torch.full_like(frames, 127)  # nearly zero, which that scale leaves within fp16
+    mixed = torch.cat([grey[:2], frames[:2], grey[2:3]])
+    pixels = mixed / 127.5 - 1
+    exact = encode(half.model, pixels)
+    overflows = ~encode(copy.deepcopy(half.model).half(), pixels.half()).isfinite().flatten(1).all(1)
+    assert overflows.tolist() == [False, False, True, True, False]
+    same = half.encode(mixed)[0].movedim(1, -1) == exact[..., :4]
+    assert same[overflows].all() and not same[~overflows].all()
+    assert torch.isfinite(half.encode(mixed)[0]).all()
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), 1e6])
+def test_broken_weights_are_an_error_and_never_latents(vae: Vae, frames: torch.Tensor, bias: float) -> None:
+    for precision in (torch.float16, torch.float32):
+        broken = changed(vae, bias)
+        broken.encodes_in = precision
+        with pytest.raises(ValueError, match=r"model\.vae: its latents are beyond fp16 or not finite"):
+            broken.encode(frames)
+
+
+def test_log_variances_are_bounded_as_in_diffusers(vae: Vae, frames: torch.Tensor) -> None:
+    for bias, bound in ((100, 20), (-100, -30)):
+        assert (changed(vae, bias).encode(frames)[1] == bound).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_encodes_in_fp16_and_decodes_as_a_cpu(vae: Vae, frames: torch.Tensor) -> None:
+    on_gpu = load_vae(str(NANO_VAE), "cuda", chunk_frames=5)
+    assert on_gpu.encodes_in == torch.float16
+    mean = vae.encode(frames)[0]
+    assert 0 < (on_gpu.encode(frames)[0].cpu() - mean).norm() <= 5e-3 * mean.norm()
+    video = mean.unsqueeze(2) * vae.scale
+    assert abs(on_gpu.decode(video).cpu().int() - vae.decode(video).int()).max() <= 1
 
 
 def test_nano_vae_is_small_sharp_and_of_unit_variance(vae: Vae, frames: torch.Tensor) -> None:
@@ -122,7 +180,7 @@ def test_a_vae_in_a_stable_diffusion_checkpoint_is_the_same(
     frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = autoencoder.encode(frames.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
-    assert torch.equal(vae.encode(frames)[0], expected)
+    torch.testing.assert_close(vae.encode(frames)[0], expected, atol=1e-5, rtol=0)
 
 
 class SampleCallback:
@@ -167,6 +225,9 @@ def test_a_vae_that_does_not_fit_names_the_key_the_path_and_the_tensors(
     settings = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(settings | {"_class_name": "VQModel"}))
     with pytest.raises(ValueError, match="model.vae: .*_class_name is 'VQModel'"):
+        load_vae(str(tmp_path))
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings | {"act_fn": "gelu"}))
+    with pytest.raises(ValueError, match="model.vae: .*act_fn is 'gelu'"):
         load_vae(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="model.vae: there is no file or folder .*nowhere"):
         load_vae(str(tmp_path / "nowhere"))
