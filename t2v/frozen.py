@@ -52,9 +52,7 @@ class Vae:
         """
         moments = torch.cat([self._moments(chunk.to(self.model.device)) for chunk in frames.split(self.chunk_frames)])
         if not _storable(moments).all():  # before the clamp, which would hide an infinity
-            raise ValueError(
-                "model.vae: its latents are beyond fp16 or not finite, in fp32 too: broken weights"
-            )
+            raise ValueError("model.vae: its latents are beyond fp16 or not finite, in fp32 too: broken weights")
         mean, logvar = moments.movedim(-1, 1).contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # as diffusers does
 
