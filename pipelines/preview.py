@@ -24,10 +24,10 @@ def _preview(job: TrainJob, prompts: list[str], samples: int) -> None:
     import cv2
 
     from pipelines.prompts import Prompt
-    from pipelines.sampling import Sampler
+    from pipelines.sampling import Sampler, even_batches
     from t2v.record import Record
 
-    sampler = Sampler(job.model_folder, job.sample, job.size)
+    sampler = Sampler(job.model_folder, even_batches(job.sample, len(prompts)), job.size)
     clips = sampler.sample([Prompt(prompt, job.sample.seed + index) for index, prompt in enumerate(prompts)])
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"samples-{samples:012d}.png")

@@ -15,6 +15,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from t2v.shards import WEIGHTS
 
 _X264 = {"crf": "10"}  # near enough to lossless to be looked at closely
 _VAE_DOWNSAMPLING = 8
+_NETWORKS = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}  # folders of an exported model
 
 
 class Sample(NamedTuple):
@@ -44,7 +46,8 @@ def generate(
     """Makes the videos of `prompts`, a file or a list, that `run_dir` lacks; all of them are returned, in order.
 
     `model_folder` is an exported model, `size` the height and width in pixels. Needs neither torch nor Ray when nothing
-    is missing. FileNotFoundError without a model, ValueError for unreadable prompts.
+    is missing. FileNotFoundError without a model, ValueError for unreadable prompts or steps that the sampler cannot
+    take; both before anything is started.
     """
     prompts = read_prompts(prompts, config.seed) if isinstance(prompts, str) else prompts
     settings = sampler_settings(config, size)
@@ -67,14 +70,14 @@ def sampler_settings(config: SampleConfig, size: int) -> dict[str, Any]:
 
 
 def model_id(folder: str) -> str:
-    """Hash of all that an exported model turns prompts into frames by: the weights of UNet and VAE, and t2v.json."""
-    parts = [storage.join(folder, part, WEIGHTS) for part in ("unet", "vae")]
+    """Hash of all that an exported model turns prompts into frames by; where the folder lies is not among it."""
+    names = [storage.join(part, name) for part, weights in _NETWORKS.items() for name in ("config.json", weights)]
+    paths = [storage.join(folder, name) for name in names]
     settings = storage.join(folder, "t2v.json")
-    for path in (*parts, settings):
+    for path in (*paths, settings):
         if not storage.exists(path):
             raise FileNotFoundError(f"{path}: no such file, so {folder} is no exported model; run jobs/train.py first")
-    config = storage.read_json(settings)
-    return digest_of([*map(storage.digest, parts), config["text"], config["diffusion"]])
+    return digest_of([*map(storage.digest, paths), storage.read_json(settings)["diffusion"]])
 
 
 def sample_key(model: str, prompt: Prompt, settings: dict[str, Any]) -> str:
@@ -95,36 +98,54 @@ def write_manifest(folder: str) -> None:
     storage.write_lines(storage.join(folder, "manifest.jsonl"), records)
 
 
+def even_batches(config: SampleConfig, videos: int) -> SampleConfig:
+    """The same settings with the smallest batch that takes no more batches: the last one is then nearly full."""
+    batches = -(-videos // config.batch)
+    return replace(config, batch=-(-videos // batches))
+
+
 class Sampler:
     """The three networks of an exported model, on this process's GPU if the configuration gives it one."""
 
     def __init__(self, model_folder: str, config: SampleConfig, size: int) -> None:
         import torch
 
+        from t2v.autoencoder import channels_last
         from t2v.diffusion import Diffusion
         from t2v.export import read_unet
         from t2v.frozen import load_text, load_vae
+        from t2v.sampler import Captured
 
-        described = storage.read_json(storage.join(model_folder, "t2v.json"))
         on_gpu = config.gpus_per_worker > 0 and torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         self._dtype = torch.float16 if on_gpu else torch.float32  # as the public code samples
-        self._unet = read_unet(model_folder).to(device, self._dtype)
-        self._vae = load_vae(storage.local_path(storage.join(model_folder, "vae")), device)
-        self._text = load_text(TextConfig(**described["text"]), device)
-        self._diffusion = Diffusion(DiffusionConfig(**described["diffusion"]))
+        unet = read_unet(model_folder).to(device, self._dtype).requires_grad_(False)
+        self._shape = (unet.config.channels, config.frames, size // _VAE_DOWNSAMPLING, size // _VAE_DOWNSAMPLING)
+        self._unet = Captured(channels_last(unet)) if on_gpu else unet
+        self._vae = load_vae(storage.join(model_folder, "vae"), device)
+        self._text = load_text(TextConfig(weights=model_folder, skip_layers=0), device)  # exported without the skipped
+        self._diffusion = Diffusion(_diffusion(model_folder))
         self._empty = self._text.encode([""]).to(self._dtype)
         self._config = config
-        self._shape = (self._unet.config.channels, config.frames, size // _VAE_DOWNSAMPLING, size // _VAE_DOWNSAMPLING)
 
-    def sample(self, prompts: list[Prompt]) -> np.ndarray:
-        """The videos of prompts, uint8 [b, f, y, x, 3]."""
+    def sample(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """The videos of prompts, uint8 [b, f, y, x, 3]; `config.batch` of them at a time bound the memory."""
+        size = self._config.batch
+        return np.concatenate([self._batch(prompts[i : i + size]) for i in range(0, len(prompts), size)])
+
+    def _batch(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """The same for one batch, which is filled up to its full size with repetitions of its last prompt.
+
+        So all batches have one shape: one graph on a GPU, and the same kernels, hence the same rounding, for a video
+        whatever comes with it.
+        """
         from t2v.sampler import sample
 
-        text = self._text.encode([prompt.text for prompt in prompts]).to(self._dtype)
-        seeds = [prompt.seed for prompt in prompts]
+        full = [*prompts, *[prompts[-1]] * (self._config.batch - len(prompts))]
+        text = self._text.encode([prompt.text for prompt in full]).to(self._dtype)
+        seeds = [prompt.seed for prompt in full]
         latents = sample(self._unet, text, self._empty, self._shape, seeds, self._config, self._diffusion)
-        return self._vae.decode(latents).cpu().numpy()
+        return self._vae.decode(latents)[: len(prompts)].cpu().numpy()
 
 
 class SampleWriter:
@@ -156,14 +177,32 @@ class SampleWriter:
         )
 
 
+def _diffusion(model_folder: str) -> DiffusionConfig:
+    return DiffusionConfig(**storage.read_json(storage.join(model_folder, "t2v.json"))["diffusion"])
+
+
+def check_steps(config: SampleConfig, diffusion: DiffusionConfig) -> None:
+    """ValueError, naming the config key, where the sampler cannot take that many steps."""
+    if not diffusion.zero_terminal_snr and 2 * config.steps <= diffusion.timesteps:
+        return  # any sampler can; to hear it from diffusers would take ten seconds of importing
+    from t2v.frozen import make_scheduler
+
+    try:
+        make_scheduler(diffusion, config.sampler, config.steps)
+    except ValueError as error:
+        raise ValueError(f"sample.{error}") from error
+
+
 def _fill(
     folder: str, missing: list[Sample], total: int, model_folder: str, model: str, config: SampleConfig, size: int
 ) -> None:
+    check_steps(config, _diffusion(model_folder))
     import ray.data
 
     what = "one worker (sample) needs them"
     tell_if_too_small("generate", config.cpus_per_worker, config.gpus_per_worker, what)
     rows = [{"key": sample.key, "text": sample.prompt.text, "seed": sample.prompt.seed} for sample in missing]
+    config = even_batches(config, len(rows))
     made = ray.data.from_items(rows).map_batches(
         SampleWriter,
         fn_constructor_args=(folder, model_folder, model, config, size),

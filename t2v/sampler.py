@@ -4,6 +4,7 @@ b batch, c channels, f frames, h w latent height and width, l text tokens, k tex
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,25 @@ def start_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 class Captured(nn.Module):
-    """A UNet in eval mode on a GPU, as one CUDA graph for each shape that it meets: no kernel waits for Python."""
+    """A UNet in eval mode on a GPU, as one CUDA graph for each shape that it meets: no kernel waits for Python.
+
+    A graph reads and writes memory of its own, so inputs are copied there, and the result out of it.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
-        self.unet, self.graphs = unet, {}
+        self.unet = unet
+        self.graphs: dict[tuple[torch.Size, ...], Any] = {}
         self.train(unet.training)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """As the UNet's; the result is overwritten by the next call."""
+        """As the UNet's, without gradients."""
         inputs = (latents, timesteps, text)
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.graphs:  # a module would be changed in place, a function is not
-            self.graphs[shapes] = torch.cuda.make_graphed_callables(lambda *x: self.unet(*x), inputs)
-        return self.graphs[shapes](*inputs)
+            own = tuple(x.clone() for x in inputs)
+            self.graphs[shapes] = torch.cuda.make_graphed_callables(lambda *x: self.unet(*x), own)
+        return self.graphs[shapes](*inputs).clone()
 
 
 @torch.no_grad()

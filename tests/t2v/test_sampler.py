@@ -5,11 +5,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
+from t2v.autoencoder import channels_last
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TextConfig
 from t2v.diffusion import Diffusion
 from t2v.export import write_model
 from t2v.frozen import make_scheduler
-from t2v.sampler import sample, start_noise
+from t2v.sampler import Captured, sample, start_noise
 
 SHAPE = (4, 3, 4, 4)
 DIFFUSION = Diffusion(DiffusionConfig())
@@ -200,6 +201,56 @@ def test_an_exported_model_samples_alike_in_diffusers(text, tiny_unet, tmp_path)
     ).frames
     ours = sample(tiny_unet, text, text[:1], (4, 3, 8, 8), [0, 1, 2], SampleConfig(steps=20), TERMINAL)
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def graphed(function, own):
+    """What a CUDA graph comes to: it reads the memory of its first inputs, and writes one result again and again."""
+    result = function(*own)
+
+    def replay(*inputs):
+        for old, new in zip(own, inputs, strict=True):
+            old.copy_(new)
+        return result.copy_(function(*own))
+
+    return replay
+
+
+@pytest.mark.parametrize("guidance", [1, 3])  # with 1 the UNet reads the scheduler's own latents
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_captured_unet_gives_the_same_samples(sampler, guidance, text, tiny_unet, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    config, captured = SampleConfig(sampler=sampler, steps=4, guidance=guidance), Captured(tiny_unet)
+    for rows in (3, 2, 3):  # another shape is another graph, and a known one is used again
+        given = text[:rows] + rows
+        call = (given, text[:1], SHAPE, range(rows), config, DIFFUSION)
+        assert torch.equal(sample(captured, *call), sample(tiny_unet, *call))
+        assert torch.equal(given, text[:rows] + rows)
+    assert len(captured.graphs) == 2
+
+
+@torch.no_grad()
+def test_what_a_captured_unet_gives_stays(text, tiny_unet, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    captured, timesteps = Captured(tiny_unet), torch.tensor(5).expand(3)
+    latents = [torch.randn(3, *SHAPE) for _ in range(2)]
+    given = [captured(x, timesteps, text) for x in latents]
+    assert all(torch.equal(one, tiny_unet(x, timesteps, text)) for one, x in zip(given, latents, strict=True))
+
+
+def test_a_captured_unet_in_training_mode_is_refused(text, tiny_unet):
+    with pytest.raises(ValueError, match="training mode"):
+        sample(Captured(tiny_unet.train()), text, text[:1], SHAPE, [0, 1, 2], SampleConfig(), DIFFUSION)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_graph_gives_the_samples_of_the_plain_unet(sampler, text, tiny_unet):
+    text, plain = text.cuda(), copy.deepcopy(tiny_unet).cuda()
+    captured, config = Captured(channels_last(tiny_unet.cuda())), SampleConfig(sampler=sampler, steps=5, guidance=3)
+    for rows in (3, 2, 3):
+        call = (text[:rows] + rows, text[:1], SHAPE, range(rows), config, DIFFUSION)
+        expected = sample(plain, *call)
+        assert (sample(captured, *call) - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
