@@ -1,0 +1,31 @@
+"""What a training run shows of its newest model."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pipelines.preview import _preview, grid
+from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
+from t2v.job import TrainJob
+
+
+def test_a_grid_has_a_row_a_clip_and_at_most_eight_frames() -> None:
+    clips = np.arange(2 * 16, dtype=np.uint8).reshape(2, 16, 1, 1, 1) * np.ones((1, 1, 4, 6, 3), np.uint8)
+    picture = grid(clips)
+    assert picture.shape == (2 * 4, 8 * 6, 3)
+    assert picture[::4, ::6, 0].tolist() == [list(range(0, 16, 2)), list(range(16, 32, 2))]
+
+
+def test_a_preview_of_more_prompts_than_fit_a_batch_is_one_picture(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sample = SampleConfig(steps=2, guidance=2.0, frames=3, batch=2, gpus_per_worker=0)
+    job = TrainJob(str(tmp_path), 0, 32, 3, ModelConfig(), DiffusionConfig(), TrainConfig(), sample)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "model").symlink_to(tiny_model)
+    _preview._function(job, ["a red circle", "a blue star", ""], 500)
+    (path,) = tmp_path.glob("mlruns/*/artifacts/samples/samples-000000000500.png")
+    assert cv2.imread(str(path)).shape == (3 * 32, 3 * 32, 3)
