@@ -135,11 +135,11 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def kernels(self, positions: int, over_time: bool) -> list[Tensor]:
-        """The products of x that self-attention reads: q, k and v, over time as one; else its result."""
+        """The products of x that self-attention reads: q, k and v, over time as one; of a single position v alone."""
         q, k, v = self.to_q.weight, self.to_k.weight, self.to_v.weight
-        if positions == 1:  # whose softmax is 1: v goes straight through `to_out`, and q and k get zero for a gradient
-            return [self.to_out[0].weight @ (v + 0 * (q + k))]
-        return [torch.cat([q, k, v])] if over_time else [q, k, v]
+        if not over_time and positions > 1:
+            return [q, k, v]
+        return [torch.cat([q, k, v])[2 * q.shape[0] if positions == 1 else 0 :]]  # all get a gradient, if only zero
 
     def forward(self, *products: Tensor) -> Tensor:
         """The products of `kernels` -> [n, i, s, c]."""
@@ -148,12 +148,14 @@ class Attention(nn.Module):
             q, k, v = (x.unflatten(-1, (-1, self.head_dim)).squeeze(2).transpose(1, 2) for x in products)
             return fused.product(fused.attention(q, k, v).transpose(1, 2).reshape(products[0].shape), kernel)
         (only,) = products
-        return only if only.shape[1] == 1 else fused.temporal_attention_product(only, self.head_dim, kernel)
+        if only.shape[1] == 1:  # whose softmax is 1
+            return fused.product(only, kernel)
+        return fused.temporal_attention_product(only, self.head_dim, kernel)
 
     def to_text(self, q: Tensor, text: Tensor) -> Tensor:
         """q [b*f, i, 1, c], text [b, l, k] -> [b*f, i, 1, c]; all frames of a clip read the same text."""
         k, v = self.to_k(text), self.to_v(text)
-        y = q.reshape(len(text), -1, q.shape[-1])
+        y = q.reshape(text.shape[0], -1, q.shape[-1])
         return fused.cross_attention_product(y, k, v, self.head_dim, self.to_out[0].weight).reshape(q.shape)
 
 

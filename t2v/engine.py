@@ -10,6 +10,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+from t2v.blocks import FeedForward
 from t2v.config import TrainConfig
 
 # On CPUs deepspeed would compile a shared-memory all-reduce for two minutes; gloo serves as well.
@@ -25,8 +26,15 @@ class Engine:
 
     def __init__(self, unet: nn.Module, config: TrainConfig, micro_steps: int) -> None:
         self.config = config
+        for module in unet.modules():
+            if isinstance(module, FeedForward):
+                module.keep = config.recompute == "activations"
         optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=torch.cuda.is_available(),
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=unet, optimizer=optimizer, config=_deepspeed_config(config, micro_steps)

@@ -55,7 +55,7 @@ def norm_product(
         return NormProduct.apply(x, shift, weight, bias, kernel, groups, eps, silu, dropout, seed)
     y = x
     if shift is not None:
-        y = (x.unflatten(0, (len(shift), -1)) + shift.view(-1, *[1] * (x.ndim - 1), x.shape[-1])).flatten(0, 1)
+        y = (x.unflatten(0, (shift.shape[0], -1)) + shift.view(-1, *[1] * (x.ndim - 1), x.shape[-1])).flatten(0, 1)
     y = y.reshape(y.shape[0], -1, 1, y.shape[-1]).movedim(-1, 1)  # [n, c, positions, 1], channels-last
     y = F.group_norm(y, groups, weight, bias, eps).movedim(1, -1).reshape(x.shape)
     return product(F.dropout(F.silu(y) if silu else y, dropout), kernel), x
@@ -130,7 +130,7 @@ def cross_attention_product(q: Tensor, k: Tensor, v: Tensor, head_dim: int, kern
         from t2v.recompute import CrossAttentionProduct
 
         return CrossAttentionProduct.apply(q, torch.stack([k, v]), head_dim, kernel)
-    heads = (x.reshape(len(x), -1, x.shape[-1] // head_dim, head_dim).transpose(1, 2) for x in (q, k, v))
+    heads = (x.reshape(x.shape[0], -1, x.shape[-1] // head_dim, head_dim).transpose(1, 2) for x in (q, k, v))
     return product(attention(*heads).transpose(1, 2).reshape(q.shape), kernel)
 
 
@@ -146,7 +146,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and _has_triton() and not torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton() and not torch.compiler.is_compiling()
 
 
 @functools.cache

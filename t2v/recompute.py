@@ -46,8 +46,6 @@ class NormProduct(Function):
         )
         y = torch.empty_like(x)
         kernels.norm_apply[(n, *_tiles(p, c, NORM))](x, affine, y, p, c, *ctx.chance, **ctx.switches, **NORM)
-        if kernel.ndim == 4:  # stored as DeepSpeed wants it; turned once for both passes
-            kernel = kernel.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, shift, weight, kernel, affine, stats)
         ctx.set_materialize_grads(False)
         return product(y, kernel), x.view_as(x)

@@ -4,6 +4,9 @@ b batch, f frames, h w latent height and width, c channels, e time embedding, l 
 
 Only the maths: device, precision, compilation and sharding are applied from outside. At the start every temporal part
 is the identity, so that with the weights of an image UNet (Stable Diffusion 2.1) it acts on each frame as that does.
+
+Parameters get their gradients in one order, whatever the number of frames: ZeRO reduces them as they come, and in
+multi-frame training (paper 3.3) some ranks have images while others have videos. A test holds to it.
 """
 
 import math

@@ -9,6 +9,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when t2v/kernels.py is imported, which nothing else does without a GPU
 
 from t2v import fused
+from t2v.config import UNetConfig
+from t2v.unet import UNet
+from tests.t2v.conftest import randomise
+from tests.t2v.test_unet import inputs, order_of_gradients
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +23,7 @@ PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e
 @pytest.fixture
 def kernels(monkeypatch):
     """Makes the functions of t2v.fused take their kernels, also on a CPU."""
-    return lambda: monkeypatch.setattr(fused, "_on_gpu", lambda x: True)
+    return lambda: monkeypatch.setattr(fused, "_on_gpu", lambda x: x.dtype != torch.float64)
 
 
 def tensors(*shapes, dtype=torch.float64):
@@ -113,6 +117,22 @@ def test_attention_to_few_keys_and_product(kernels, queries, keys, head_dim, dty
     width = 2 * head_dim
     shapes = (2, queries, width), (2, keys, width), (2, keys, width), (24, width)
     compare(step, kernels, *shapes, tolerance=tolerance, dtype=dtype)
+
+
+def test_a_unet_of_kernels_gives_the_same_and_its_gradients_in_one_order(kernels):
+    config = UNetConfig(block_out_channels=[16], layers_per_block=1, head_dim=16, text_dim=8, norm_groups=8, dropout=0)
+    unet = randomise(UNet(config)).to(DEVICE)
+    call = [x.to(DEVICE) for x in inputs(config, b=1, f=2)]
+    (expected := unet(*call)).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in unet.parameters()]
+    unet.zero_grad()
+    kernels()
+    (found := unet(*call)).square().sum().backward()
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    for parameter, gradient in zip(unet.parameters(), gradients, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5
+    if DEVICE == "cpu":  # where the inputs of test_unet.py lie
+        assert order_of_gradients(unet, 1) == order_of_gradients(unet, 2)
 
 
 def test_dropout_leaves_the_same_elements_in_both_passes(kernels):

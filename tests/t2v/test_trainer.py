@@ -43,8 +43,7 @@ def train(data: Path, folder: Path, ranks: int) -> None:
     """Runs tests/t2v/train_ranks.py on so many ranks."""
     for name in ("straight", "resumed"):
         shutil.copytree(data, folder / name)
-    port = 29500 + ranks
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*command, "-m", "tests.t2v.train_ranks", str(folder)], cwd=PROJECT, capture_output=True, text=True, timeout=600
     )

@@ -102,6 +102,25 @@ def test_one_frame_leaves_exact_zeros_in_gradients_it_does_not_determine(tiny_un
             assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("f", [2, 16])
+def test_gradients_come_in_one_order_whatever_the_number_of_frames(tiny_unet, f):
+    """ZeRO reduces gradients in the order in which they come, and one rank may have images while another has videos."""
+    assert order_of_gradients(tiny_unet, 1) == order_of_gradients(tiny_unet, f)
+
+
+def order_of_gradients(unet: UNet, f: int) -> list[str]:
+    seen: list[str] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+        for name, parameter in unet.named_parameters()
+    ]
+    unet(*inputs(unet.config, b=1, f=f)).square().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(hooks)
+    return seen
+
+
 def test_temporal_parts_begin_as_the_identity():
     unet = UNet(TINY["three levels, wide heads"]).eval()
     for name, module in unet.named_modules():
@@ -113,6 +132,19 @@ def test_temporal_parts_begin_as_the_identity():
         frames = [unet(latents[:, :, [index]], timesteps, text) for index in range(3)]
     assert video.std() > 0.01
     assert relative_error(video, torch.cat(frames, dim=2)) <= 1e-5
+
+
+def test_compiled_as_one_graph_for_every_batch_size():
+    """The last batch is often smaller: it must neither break the graph nor have it made again."""
+    config = UNetConfig(block_out_channels=[16], layers_per_block=1, head_dim=8, text_dim=24, norm_groups=8)
+    unet = randomise(UNet(config)).eval()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(unet, fullgraph=True, dynamic=True, backend="aot_eager")
+        for b in (5, 2):
+            call = inputs(config, b, 3)
+            found, expected = compiled(*call), unet(*call)
+            assert relative_error(found, expected) <= 1e-5
+            found.square().sum().backward()
 
 
 def test_attention_over_time_has_no_sense_of_order():
