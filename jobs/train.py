@@ -13,6 +13,7 @@ def main() -> None:
             print(f"[train] nothing to do: {config.run_dir}/train/model has seen {config.train.samples:,} samples")
             return
         from pipelines.preview import start_preview
+        from pipelines.sampling import check_steps
         from t2v.job import TrainJob
         from t2v.worker import fit
 
@@ -26,6 +27,7 @@ def main() -> None:
             train=config.train,
             sample=config.sample,
         )
+        check_steps(config.sample, config.diffusion)  # which samples along the way take
         fit(train_job, start_preview)
 
 
