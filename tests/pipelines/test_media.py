@@ -3,6 +3,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,19 +14,29 @@ from tests.pipelines.conftest import real_clip
 BLUE, GREEN, RED = (0, 0, 255), (0, 255, 0), (255, 0, 0)
 
 
-def encode(times_s, container="mp4", codec="libx264", rate=25, image=None, rotation=None, options=None):
+def encode(
+    times_s,
+    container="mp4",
+    codec="libx264",
+    rate=25,
+    image=None,
+    rotation=None,
+    options=None,
+    size=(64, 96),
+    pixels="yuv420p",
+):
     """A video whose frames are noise (or `image`) and are shown at the given times."""
     numbers = np.random.default_rng(0)
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, options=options or {"g": "50", "bf": "2"})
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        (stream.height, stream.width), stream.pix_fmt = size, pixels
         stream.codec_context.time_base = Fraction(1, rate if container == "avi" else 12_000)
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for time_s in times_s:
-            pixels = numbers.integers(0, 256, (64, 96, 3), np.uint8) if image is None else image
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture = numbers.integers(0, 256, (*size, 3), np.uint8) if image is None else image
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.time_base = stream.codec_context.time_base
             frame.pts = round(time_s / frame.time_base)
             output.mux(stream.encode(frame))
@@ -74,6 +85,90 @@ def test_frames_are_those_shown_at_the_wanted_times(source):
     for key in ("a", "b", "c"):
         clip = read_clip(data, 16, 3.0, 64, key=key)
         np.testing.assert_array_equal(clip.frames, shown_in_full_decode(data, clip))
+
+
+def x264(gop, b_frames=3, **options):
+    return {"g": str(gop), "bf": str(b_frames), "b_strategy": "0", "sc_threshold": "0", "preset": "veryfast", **options}
+
+
+H264 = {
+    "gop 12": {"times_s": evenly(25, 9), "options": x264(12)},
+    "gop 50": {"times_s": evenly(25, 9), "options": x264(50)},
+    "gop 250": {"times_s": evenly(25, 9), "options": x264(250)},
+    "no B-frames": {"times_s": evenly(25, 9), "options": x264(50, 0)},
+    "B-frames that are references": {
+        "times_s": evenly(25, 9),
+        "options": x264(50, 8, **{"x264-params": "b-pyramid=normal"}),
+    },
+    "flat B-frames": {"times_s": evenly(25, 9), "options": x264(50, 7, **{"x264-params": "b-pyramid=none"})},
+    "open gop": {"times_s": evenly(25, 9), "options": x264(24, **{"x264-params": "open-gop=1"})},
+    "open gop in a transport stream": {
+        "times_s": evenly(25, 9),
+        "options": x264(24, **{"x264-params": "open-gop=1"}),
+        "container": "mpegts",
+    },
+    "periodic intra refresh": {"times_s": evenly(25, 9), "options": x264(25, 0, **{"x264-params": "intra-refresh=1"})},
+    "interlaced": {"times_s": evenly(25, 9), "options": x264(50, **{"x264-params": "tff=1"})},
+    "several slices": {"times_s": evenly(25, 9), "options": x264(50, **{"x264-params": "slices=4"})},
+    "uneven": {"times_s": unevenly(12), "options": x264(50)},
+    "uneven, gop 250": {"times_s": unevenly(12), "options": x264(250)},
+    "uneven matroska": {"times_s": unevenly(12), "options": x264(50), "container": "matroska"},
+    "late start": {"times_s": [7 + time for time in evenly(25, 9)], "options": x264(50), "container": "matroska"},
+    "flash": {"times_s": evenly(25, 9), "options": x264(50), "container": "flv"},
+    "avi": {"times_s": evenly(25, 9), "options": x264(50, 0), "container": "avi"},
+    "odd height": {"times_s": evenly(25, 7), "options": x264(50), "size": (65, 97), "pixels": "yuv444p"},
+    "odd middle": {"times_s": evenly(25, 7), "options": x264(50), "size": (62, 100)},
+    "portrait": {"times_s": evenly(25, 7), "options": x264(50), "size": (118, 70)},
+    "ten bits": {"times_s": evenly(25, 7), "options": x264(50), "pixels": "yuv420p10le"},
+}
+
+
+@pytest.mark.parametrize("source", H264)
+def test_a_window_is_bit_identical_to_a_full_decode(source):
+    data = encode(**H264[source])
+    for key in ("a", "b", "c"):
+        clip = read_clip(data, 16, 3.0, 48, key=key)
+        squares = shown_in_full_decode(data, clip)
+        scaled = [cv2.resize(square, (48, 48), interpolation=cv2.INTER_AREA) for square in squares]
+        np.testing.assert_array_equal(clip.frames, np.stack(scaled))
+
+
+def remuxed(data, time_of, container="mp4", options=None):
+    """The same packets with other times, (pts, dts) -> (pts, dts); None drops the packet."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container, options=options or {}) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            times = None if packet.dts is None else time_of(packet.pts, packet.dts, packet.time_base)
+            if times is not None:
+                packet.pts, packet.dts = times
+                packet.stream = stream
+                output.mux(packet)
+    return file.getvalue()
+
+
+def test_an_edit_list_hides_what_it_cuts():
+    data = encode(evenly(25, 12), options=x264(50))
+    cut = remuxed(data, lambda pts, dts, base: (pts - round(1.52 / base), dts - round(1.52 / base)))
+    with av.open(io.BytesIO(cut)) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0))
+    for key in ("a", "b", "c"):
+        clip = read_clip(cut, 16, 3.0, 64, key=key)
+        np.testing.assert_array_equal(clip.frames, shown_in_full_decode(cut, clip))
+    first = read_clip(cut, 1, 0.1, 64, start="middle")  # of ten seconds in 10.48
+    whole = read_clip(data, 300, 25.0, 64)
+    assert (whole.frames == first.frames).all(axis=(1, 2, 3)).argmax() == round((1.52 + first.start_s) * 25)
+
+
+def test_frames_that_are_shown_at_the_same_time():
+    data = encode(evenly(25, 9), options=x264(50, 0))
+    twice = remuxed(data, lambda pts, dts, base: (-(-pts // round(0.08 / base)) * round(0.08 / base), dts), "matroska")
+    with av.open(io.BytesIO(twice)) as container:
+        times = [packet.pts for packet in container.demux(video=0) if packet.dts is not None]
+    assert len(set(times)) < len(times)
+    for key in ("a", "b", "c"):
+        clip = read_clip(twice, 16, 3.0, 64, key=key)
+        np.testing.assert_array_equal(clip.frames, shown_in_full_decode(twice, clip))
 
 
 def test_the_window_is_drawn_from_the_key_over_all_that_fit():
