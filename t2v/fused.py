@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_HEADS = 65_535  # of a CUDA grid axis; a video of 256 x 256 pixels has 8,192 in the initial block, over time
-MAX_FRAMES, MAX_KEYS, HEAD_DIMS = 64, 128, (16, 32, 64, 128)  # that the kernels for attention take
+MAX_FRAMES, MAX_KEYS, HEAD_DIMS = 64, 128, (16, 32, 64)  # that the kernels for attention take
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -116,7 +116,7 @@ def temporal_attention_product(qkv: Tensor, head_dim: int, kernel: Tensor) -> Te
     The sequences count as further heads, which leaves q, k and v where they are.
     """
     n, i, s, _ = qkv.shape
-    if _on_gpu(qkv) and i <= MAX_FRAMES and head_dim in HEAD_DIMS:
+    if _attends(qkv, head_dim) and i <= MAX_FRAMES:
         from t2v.recompute import TemporalAttentionProduct
 
         return TemporalAttentionProduct.apply(qkv, head_dim, kernel)
@@ -126,7 +126,7 @@ def temporal_attention_product(qkv: Tensor, head_dim: int, kernel: Tensor) -> Te
 
 def cross_attention_product(q: Tensor, k: Tensor, v: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
     """product(softmax attention of all of q [b, ..., c] to k and v [b, l, c], kernel)."""
-    if _on_gpu(q) and k.shape[1] <= MAX_KEYS and head_dim in HEAD_DIMS:
+    if _attends(q, head_dim) and k.shape[1] <= MAX_KEYS:
         from t2v.recompute import CrossAttentionProduct
 
         return CrossAttentionProduct.apply(q, torch.stack([k, v]), head_dim, kernel)
@@ -147,6 +147,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and _has_triton() and not torch.compiler.is_compiling()
+
+
+def _attends(x: Tensor, head_dim: int) -> bool:
+    """Whether the kernels for attention take it; tiles of fp32 would not fit a smaller card's shared memory."""
+    return _on_gpu(x) and x.element_size() == 2 and head_dim in HEAD_DIMS
 
 
 @functools.cache

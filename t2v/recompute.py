@@ -25,6 +25,8 @@ PROGRAMS = 2048  # that share out a sum: a few for each processor of any card
 
 
 class NormProduct(Function):
+    """fused.norm_product."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, kernel: Tensor,
@@ -76,6 +78,8 @@ class NormProduct(Function):
 
 
 class LayerNormProducts(Function):
+    """fused.layer_norm_products."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor | None, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *after: Tensor
@@ -99,6 +103,8 @@ class LayerNormProducts(Function):
 
 
 class FeedForwardProduct(Function):
+    """fused.feed_forward_product."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -138,6 +144,8 @@ class FeedForwardProduct(Function):
 
 
 class Add(Function):
+    """fused.add."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, shift: Tensor) -> Tensor:
         ctx.dtype = shift.dtype
@@ -156,6 +164,8 @@ class Add(Function):
 
 
 class TemporalAttentionProduct(Function):
+    """fused.temporal_attention_product."""
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
         n, f, s, width = qkv.shape
@@ -178,6 +188,8 @@ class TemporalAttentionProduct(Function):
 
 
 class CrossAttentionProduct(Function):
+    """fused.cross_attention_product."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, head_dim: int, kernel: Tensor) -> Tensor:
         q, (_, b, keys, c) = q.contiguous(), kv.shape

@@ -23,7 +23,12 @@ PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e
 @pytest.fixture
 def kernels(monkeypatch):
     """Makes the functions of t2v.fused take their kernels, also on a CPU."""
-    return lambda: monkeypatch.setattr(fused, "_on_gpu", lambda x: x.dtype != torch.float64)
+
+    def use() -> None:
+        monkeypatch.setattr(fused, "_on_gpu", lambda x: x.dtype != torch.float64)
+        monkeypatch.setattr(fused, "_attends", lambda x, head_dim: x.dtype != torch.float64)
+
+    return use
 
 
 def tensors(*shapes, dtype=torch.float64):
