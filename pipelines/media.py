@@ -2,14 +2,21 @@
 
 Decoders run on files of strangers: formats are named, pixels are counted before anything is decoded, and
 whatever a decoder raises becomes the status of one row. f frames of y x x pixels, RGB.
+
+Of a video only what the window needs is decoded. Its times are read off the packets first, none decoded; then come
+the packets from the keyframe before the window on, less those of H.264 that are neither wanted nor used by any other
+picture, and nothing after the last wanted one. Where packets do not tell for sure (times that are missing or double,
+interlaced pictures, a wanted frame that does not come), every frame of the window is decoded and seen in order.
 """
 
 import io
 import math
 import random
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NoReturn
 
 import av
@@ -17,6 +24,8 @@ import cv2
 import numpy as np
 from av import VideoFrame
 from av.container import InputContainer
+from av.packet import Packet
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -24,6 +33,8 @@ from pipelines.ledger import Status
 
 # No playlists (hls, concat): they make the demuxer open other files and addresses.
 _VIDEOS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,flv,asf,gif"}
+_WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")  # of presentation, not of decoding alone
+_SLICE, _DELIMITER, _FILLER = 1, 9, 12  # types of NAL units (ITU-T H.264, table 7-1)
 _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
@@ -69,7 +80,7 @@ def read_clip(
         part = random.Random(key).random() if start == "random" else 0.5
         start_s = part * max(slack_s, 0)
         ticks = [span.first + math.floor((start_s + index / fps) / span.tick_s + 1e-6) for index in range(frames)]
-        squares = [_square(frame, size) for frame in _shown(container, stream, span, ticks)]
+        squares = _planned(container, stream, span, ticks, size) or _seen(container, stream, span, ticks, size)
         return Clip(np.stack(squares), float(stream.average_rate or 0), start_s)
 
 
@@ -93,7 +104,9 @@ def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndar
 class _Span:
     """Presentation times of a stream's first and last frame and of its end, in ticks of `tick_s` seconds.
 
-    `origin` is the decoding time of its first packet, which is where to seek for the very beginning.
+    `origin` is the decoding time of its first packet, which is where to seek for the very beginning. `times` are
+    those of all frames, rising; none where a packet has no time or shares it, so that times do not name frames.
+    `keys` are presentation and decoding times of the keyframes.
     """
 
     origin: int
@@ -101,6 +114,8 @@ class _Span:
     last: int
     end: int
     tick_s: float
+    times: list[int]
+    keys: list[tuple[int, int]]
 
     @property
     def seconds(self) -> float:
@@ -140,17 +155,24 @@ def _span(container: InputContainer, stream: VideoStream) -> _Span:
     """From the packets, none decoded: headers may be silent or wrong about the length, and times may be uneven."""
     tick_s = float(stream.time_base or 0)
     spacing = round(1 / (float(stream.average_rate) * tick_s)) if stream.average_rate else 1
-    times, origins = [], []
-    end = 0
+    times, origins, keys = [], [], []
+    end, certain = 0, True
     for packet in container.demux(stream):
-        time = packet.dts if packet.pts is None else packet.pts
+        pts, dts = packet.pts, packet.dts
+        certain = certain and (pts is not None or not packet.size)
+        time = dts if pts is None else pts
+        if packet.is_keyframe and pts is not None and dts is not None:
+            keys.append((pts, dts))
         if time is not None and not packet.is_discard:
             times.append(time)
-            origins.append(time if packet.dts is None else packet.dts)
+            origins.append(time if dts is None else dts)
             end = max(end, time + (packet.duration or spacing))
     if not times:
         raise MediaError("corrupt", "a video stream without frames")
-    return _Span(min(origins), min(times), max(times), end, tick_s)
+    rising = sorted(set(times)) if certain else []
+    if len(rising) < len(times):
+        rising = []
+    return _Span(min(origins), min(times), max(times), end, tick_s, rising, sorted(keys))
 
 
 def _refuse_short(span: _Span, stream: VideoStream, wanted_s: float) -> NoReturn:
@@ -160,13 +182,93 @@ def _refuse_short(span: _Span, stream: VideoStream, wanted_s: float) -> NoReturn
     raise MediaError("too_short", f"{span.seconds:.2f} s, shorter than {wanted_s:.2f} s")
 
 
-def _shown(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int]) -> Iterator[np.ndarray]:
-    """For each of the rising `ticks` the frame shown then, the last that is not later; only these are converted."""
+def _planned(
+    container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int], size: int
+) -> list[np.ndarray]:
+    """The squares shown at `ticks`, by decoding what they need alone; none where that cannot be known."""
+    if not span.times or stream.codec_context.name != "h264" or container.format.name not in _WITH_TIMES:
+        return []
+    wanted = [span.times[bisect_right(span.times, tick) - 1] for tick in ticks]
+    converter = VideoReformatter()
+    squares: dict[int, np.ndarray] = {}
+    before = span.first - 1
+    for frame in _needed(container, stream, span, wanted):
+        if frame.interlaced_frame or frame.pts is None or frame.pts <= before:  # two packets a frame, or wrong times
+            return []
+        before = frame.pts
+        if frame.pts in wanted:
+            squares[frame.pts] = _square(_rgb(frame, converter), size)
+    return [squares[time] for time in wanted] if squares.keys() >= set(wanted) else []
+
+
+def _needed(
+    container: InputContainer, stream: VideoStream, span: _Span, wanted: Collection[int]
+) -> Iterator[VideoFrame]:
+    """What comes of the packets from the keyframe before to the last of the `wanted`, less the unreferenced."""
+    coming: set[int | None] = set(wanted)
+    header = stream.codec_context.extradata or b""
+    for packet in _packets_from(container, stream, span, min(wanted)):
+        if packet.pts in coming or not _is_unreferenced(packet, header):
+            yield from packet.decode()
+            coming.discard(packet.pts)
+        if not coming:
+            break
+    yield from stream.codec_context.decode(None)
+
+
+def _packets_from(
+    container: InputContainer, stream: VideoStream, span: _Span, time: int
+) -> "Iterator[Packet[VideoStream]]":
+    """Packets from a keyframe on that is shown at `time` or before; none if none is found."""
+    key = bisect_right(span.keys, (time, time)) - 1
+    decoded_at = span.keys[key][1] if key >= 0 else span.origin
+    for target in (time, decoded_at):  # containers differ in which of its times they seek by
+        container.seek(target, stream=stream)
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        first = next(packets, None)
+        if first is not None and first.is_keyframe and first.pts is not None and first.pts <= time:
+            return chain([first], packets)
+    return iter(())
+
+
+def _is_unreferenced(packet: "Packet[VideoStream]", header: bytes) -> bool:
+    """Whether nothing but slices of nal_ref_idc 0 is in it: no picture, nor any parameter, depends on it (7.4.1)."""
+    if packet.is_keyframe or packet.has_sidedata("new_extradata"):
+        return False
+    units = _unit_headers(bytes(packet), header)
+    kinds = {unit & 31 for unit in units}
+    return _SLICE in kinds and kinds <= {_SLICE, _DELIMITER, _FILLER} and not any(unit & 0x60 for unit in units)
+
+
+def _unit_headers(data: bytes, header: bytes) -> list[int]:
+    """The first byte of each NAL unit; none where they do not fill the packet.
+
+    Units follow their lengths in files that have an avcC header (ISO/IEC 14496-15), start codes elsewhere.
+    """
+    if header[:1] != b"\1":
+        starts = data.startswith((b"\0\0\1", b"\0\0\0\1"))
+        return [unit[0] for unit in data.split(b"\0\0\1")[1:] if unit] if starts else []
+    units, position = [], 0
+    width = (header[4] & 3) + 1 if len(header) > 4 else 4
+    while position + width < len(data):
+        units.append(data[position + width])
+        position += width + int.from_bytes(data[position : position + width])
+    return units if position == len(data) else []
+
+
+def _seen(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int], size: int) -> list[np.ndarray]:
+    """The squares shown at `ticks`, by decoding all frames from the keyframe before on."""
+    converter = VideoReformatter()
+    return [_square(_rgb(frame, converter), size) for frame in _shown(container, stream, span, ticks)]
+
+
+def _shown(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int]) -> Iterator[VideoFrame]:
+    """For each of the rising `ticks` the frame shown then, the last that is not later."""
     position = 0
     shown, shown_at = None, span.first
     for time, frame in _decoded_from(container, stream, span, ticks[0]):
         while shown is not None and time > ticks[position]:
-            yield _rgb(shown)
+            yield shown
             position += 1
             if position == len(ticks):
                 return
@@ -174,7 +276,7 @@ def _shown(container: InputContainer, stream: VideoStream, span: _Span, ticks: l
     if shown is None or shown_at < span.last:
         raise MediaError("corrupt", "decoding ends before the clip does")
     for _ in ticks[position:]:
-        yield _rgb(shown)
+        yield shown
 
 
 def _decoded_from(
@@ -191,10 +293,11 @@ def _decoded_from(
             return
 
 
-def _rgb(frame: VideoFrame) -> np.ndarray:
+def _rgb(frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
     if frame.is_corrupt:
         raise MediaError("corrupt", f"the frame at {frame.time:.2f} s is damaged")
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    image = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # its tables are made once a clip
+    return np.rot90(image, frame.rotation // 90)
 
 
 def _square(image: np.ndarray, size: int) -> np.ndarray:

@@ -171,6 +171,21 @@ def test_frames_that_are_shown_at_the_same_time():
         np.testing.assert_array_equal(clip.frames, shown_in_full_decode(twice, clip))
 
 
+def test_what_no_wanted_frame_depends_on_is_not_decoded():
+    data = encode(evenly(25, 9), options=x264(50))
+    clip = read_clip(data, 16, 3.0, 64, key="a")
+    shown = np.floor((clip.start_s + np.arange(16) / 3) * 25 + 1e-4) / 25
+    damaged = data
+    with av.open(io.BytesIO(data)) as container:
+        for packet in container.demux(video=0):
+            content = bytes(packet)
+            if content[4:5] == b"\1" and np.abs(shown - packet.pts * packet.time_base).min() > 0.01:  # nal_ref_idc 0
+                damaged = damaged.replace(content, content[:8] + bytes(len(content) - 8))
+    with av.open(io.BytesIO(damaged)) as container, pytest.raises(av.error.InvalidDataError):
+        list(container.decode(video=0))
+    np.testing.assert_array_equal(read_clip(damaged, 16, 3.0, 64, key="a").frames, clip.frames)
+
+
 def test_the_window_is_drawn_from_the_key_over_all_that_fit():
     data = encode(evenly(10, 8), rate=10)
     starts = [read_clip(data, 16, 3.0, 16, key=str(key)).start_s for key in range(60)]
