@@ -1,12 +1,7 @@
 """The kernels against their plain twins, forward and backward, on Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when t2v/kernels.py is imported, which nothing else does without a GPU
 
 from t2v import fused
 from t2v.config import UNetConfig
