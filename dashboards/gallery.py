@@ -82,8 +82,8 @@ class RealClips:
         from pipelines.media import MediaError, read_clip
 
         if path not in self._decoded:
-            data = storage.read_bytes(beside(self._manifest, path))
             try:
+                data = storage.read_bytes(beside(self._manifest, path))
                 self._decoded[path] = read_clip(data, frames, self._fps, size, "middle").frames
             except (MediaError, OSError):
                 self._decoded[path] = None
