@@ -16,7 +16,7 @@ from t2v import storage
 from t2v.job import STREAMS, TrainJob
 from t2v.published import start_weights
 
-PREVIEW_GRACE_S = 60.0  # for samples of the last model to be drawn, after the last step
+PREVIEW_GRACE_S = 180.0  # for samples of the last model to be drawn, after the last step
 GAUGES = {
     "samples_per_s": "Samples of both streams a second",
     "data_wait_share": "Share of the time spent waiting for data",
