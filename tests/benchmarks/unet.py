@@ -26,7 +26,7 @@ def main() -> None:
     from header import header
 
     print(header(), flush=True)
-    free, total = torch.cuda.mem_get_info()
+    total = torch.cuda.mem_get_info()[1]
     print(f"device    {torch.cuda.get_device_name()}, {total / 2**30:.0f} GiB, driver {driver()}", flush=True)
     with tempfile.TemporaryDirectory() as cache:
         for part in sys.argv[1:] or PARTS:
