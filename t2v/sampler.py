@@ -78,9 +78,7 @@ def _predict(unet: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, g
 
     latents [b, c, f, h, w], text [2b, l, k]: without, then with. Guidance 1 is y alone, of text [b, l, k].
     """
-    if guidance != 1:
-        latents = torch.cat([latents, latents])
-    predicted = unet(latents.to(text.dtype), timestep.expand(len(text)), text).float()
+    predicted = unet(latents.to(text.dtype), timestep.expand(len(latents)), text).float()
     if guidance == 1:
         return predicted
     without, given = predicted.chunk(2)

@@ -68,14 +68,16 @@ class Level(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor] | None = None) -> list[Tensor]:
         """The output of each block and of the step to the next level; `skips` are joined to the blocks' inputs.
 
-        x [b, f, h, w, c], time [b, e], text [b, l, k], skips [b, f, h, w, *].
+        x [b, f, h, w, c], time [b, e], text [b, l, k], skips [b, f, h, w, *]; what has not met a text yet may have
+        fewer rows, and is repeated when it does.
         """
         outputs = []
         for index, (resnet, temporal_conv) in enumerate(zip(self.resnets, self.temp_convs, strict=True)):
             if skips is not None:
-                x = torch.cat([x, skips[index]], dim=-1)
-            x = temporal_conv(resnet(x, time))
+                x = torch.cat([x, _repeated(skips[index], len(x))], dim=-1)
+            x = temporal_conv(resnet(x, time[: len(x)]))
             if index < len(self.attentions):
+                x = _repeated(x, len(text))
                 b, f, h, w, c = x.shape
                 x = self.attentions[index](x.reshape(b * f, h * w, 1, c), text)
                 x = self.temp_attentions[index](x.reshape(b, f, h * w, c)).reshape(b, f, h, w, c)
@@ -83,6 +85,11 @@ class Level(nn.Module):
         for resample in (*self.downsamplers, *self.upsamplers):
             outputs.append(resample(outputs[-1]))
         return outputs
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """x [b, ...] as often as it takes to `rows`, a multiple of b."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
 class UNet(nn.Module):
@@ -126,10 +133,12 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """latents [b, c, f, h, w], timesteps [b], text [b, l, k] -> noise [b, c, f, h, w].
 
-        Any number of frames; h and w must be divisible by 2 for every level but one (ValueError).
+        Any number of frames; h and w must be divisible by 2 for every level but one (ValueError). Texts may be several
+        times as many as latents, first one for each, then another for each (guidance): so is the noise, and what
+        comes before the first text is computed once.
         """
         self._check(latents, timesteps, text)
-        time = self.time_embedding(timesteps)  # [b, e]
+        time = _repeated(self.time_embedding(timesteps), len(text))  # [b, e]
         x = latents.movedim(1, -1)  # [b, f, h, w, c]
         x = self.conv_in(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         b, f, h, w, c = x.shape
@@ -143,7 +152,7 @@ class UNet(nn.Module):
             x = level(x, time, text, [skips.pop() for _ in range(self.config.layers_per_block + 1)])[-1]
 
         images, _ = self.conv_norm_out(x.flatten(0, 1), self.conv_out.weight)  # [b*f, h, w, c]
-        return (images + self.conv_out.bias).unflatten(0, (b, f)).movedim(-1, 1)
+        return (images + self.conv_out.bias).unflatten(0, (-1, f)).movedim(-1, 1)
 
     def _check(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.channels:
@@ -156,5 +165,7 @@ class UNet(nn.Module):
             )
         if timesteps.shape != latents.shape[:1]:
             raise ValueError(f"timesteps: {tuple(timesteps.shape)} is not [{latents.shape[0]}], one for each video")
-        if text.ndim != 3 or text.shape[0] != latents.shape[0] or text.shape[2] != self.config.text_dim:
-            raise ValueError(f"text: {tuple(text.shape)} is not [{latents.shape[0]}, l, {self.config.text_dim}]")
+        if text.ndim != 3 or text.shape[0] % latents.shape[0] or text.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"text: {tuple(text.shape)} is not [{latents.shape[0]}, l, {self.config.text_dim}], or several times that"
+            )

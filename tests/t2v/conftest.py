@@ -4,6 +4,8 @@ import torch
 from t2v.config import UNetConfig
 from t2v.unet import UNet
 
+torch.backends.cudnn.allow_tf32 = False  # a GPU's fp32 is compared to 1e-5
+
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
     """Gives every parameter, the zero-initialised ones too, random values that keep activations near 1."""

@@ -162,6 +162,16 @@ def test_more_heads_than_one_call_takes_change_nothing(tiny_unet, monkeypatch):
         assert torch.allclose(tiny_unet(*call), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", TINY.values(), ids=TINY.keys())
+def test_several_texts_for_each_latent_are_as_many_calls(config):
+    unet = randomise(UNet(config)).eval()
+    latents, timesteps, first = inputs(config, b=2, f=3)
+    with torch.no_grad():
+        together = unet(latents, timesteps, torch.cat([first, 1 - first]))
+        apart = [unet(latents, timesteps, text) for text in (first, 1 - first)]
+    assert relative_error(together, torch.cat(apart)) <= 1e-5
+
+
 @pytest.mark.parametrize(("dropout", "same"), [(0.0, True), (0.5, False)])
 def test_dropout_acts_in_training_only(dropout, same):
     config = UNetConfig(
@@ -181,7 +191,7 @@ def test_dropout_acts_in_training_only(dropout, same):
         ((1, 4, 8, 8), 1, (1, 7, 24), "latents: "),
         ((2, 4, 2, 8, 8), 1, (2, 7, 24), "timesteps: "),
         ((1, 4, 2, 8, 8), 1, (1, 7, 32), r"text: \(1, 7, 32\) is not \[1, l, 24\]"),
-        ((1, 4, 2, 8, 8), 1, (2, 7, 24), "text: "),
+        ((2, 4, 2, 8, 8), 2, (3, 7, 24), r"text: .* is not \[2, l, 24\], or several times that"),
     ],
 )
 def test_wrong_shapes_are_named(tiny_unet, latents, timesteps, text, message):
