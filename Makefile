@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 
 RUN ?= runs/quickstart
 
+# Empty, as if unset: where it is set, every process of every target compiles thousands of modules anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: quickstart test lint bench mlflow clean
 
 quickstart: $(VENV)/.ready
