@@ -96,7 +96,7 @@ async def _follow(client: "JobSubmissionClient", job: str, name: str, path: str)
     from ray.job_submission import JobStatus
     from tqdm import tqdm
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # the client tells of every connection that it closes
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # it tells of every connection it closes
     os.makedirs(os.path.dirname(path), exist_ok=True)
     last: deque[str] = deque(maxlen=30)
     layout = "{desc:<13}{percentage:3.0f}% |{bar:24}| {n:,}/{total:,} {unit} [{elapsed}]{postfix}"
