@@ -7,10 +7,6 @@ Arithmetic is fp32 whatever the storage. t2v/fused.py says what each is for and 
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS = 64, 64  # of a tile: 128 contiguous bytes a row in half precision
-PROGRAMS = 2048  # enough to fill any card a few times over
-ATTENTION_ROWS = 64  # queries of one program: sequences side by side, as many as fit
-
 
 @triton.jit
 def _silu_dropped(x, keep, scale, SILU: tl.constexpr):

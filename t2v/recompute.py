@@ -14,13 +14,13 @@ from t2v.fused import product
 
 # Tiles of rows and columns, and warps, as measured on a Hopper card for the published widths.
 SUMS = {"R": 32, "K": 64, "num_warps": 4}
-NORM = {"R": 64, "K": 64, "num_warps": 4}
+NORM, NORM_WIDE = {"R": 64, "K": 64, "num_warps": 4}, {"R": 32, "K": 128, "num_warps": 8}
 NORM_BACKWARD = {"R": 16, "K": 64, "num_warps": 4}
 NORM_BACKWARD_SUMS = {"R": 16, "K": 64, "num_warps": 4}
-GEGLU = {"R": 32, "K": 256, "num_warps": 4}
-GEGLU_BACKWARD = {"R": 16, "K": 128, "num_warps": 8}
-ADD = {"R": 32, "K": 256, "num_warps": 4}
-ATTENTION_ROWS = 64  # queries of one program: as many sequences side by side as fit
+GEGLU = {"R": 16, "K": 256, "num_warps": 4}
+GEGLU_BACKWARD = {"R": 8, "K": 128, "num_warps": 8}
+ADD = {"R": 8, "K": 512, "num_warps": 4}
+QUERIES = 64  # of one program; over time, as many sequences side by side as fit
 PROGRAMS = 2048  # that share out a sum: a few for each processor of any card
 
 
@@ -46,8 +46,8 @@ class NormProduct(Function):
         kernels.norm_finish[(n, groups)](
             sums, shift, weight, bias, affine, stats, p, c, eps, len(sums), ctx.per_shift, **ctx.finish
         )
-        y = torch.empty_like(x)
-        kernels.norm_apply[(n, *_tiles(p, c, NORM))](x, affine, y, p, c, *ctx.chance, **ctx.switches, **NORM)
+        y, tile = torch.empty_like(x), NORM if c % NORM_WIDE["K"] else NORM_WIDE
+        kernels.norm_apply[(n, *_tiles(p, c, tile))](x, affine, y, p, c, *ctx.chance, **ctx.switches, **tile)
         ctx.save_for_backward(x, shift, weight, kernel, affine, stats)
         ctx.set_materialize_grads(False)
         return product(y, kernel), x.view_as(x)
@@ -171,8 +171,8 @@ class TemporalAttentionProduct(Function):
         n, f, s, width = qkv.shape
         heads, slots = width // (3 * head_dim), _next_power_of_2(f)
         ctx.call = (head_dim**-0.5, s, f, heads)
-        ctx.tile = {"A": ATTENTION_ROWS, "FP": slots, "D": head_dim}
-        ctx.grid = (-(-s * slots // ATTENTION_ROWS), heads, n)
+        ctx.tile = {"A": QUERIES, "FP": slots, "D": head_dim}
+        ctx.grid = (-(-s * slots // QUERIES), heads, n)
         o = qkv.new_empty(n, f, s, width // 3)
         attention.temporal_attention[ctx.grid](qkv, o, *ctx.call, **ctx.tile)
         ctx.save_for_backward(qkv, kernel)
@@ -195,9 +195,9 @@ class CrossAttentionProduct(Function):
         q, (_, b, keys, c) = q.contiguous(), kv.shape
         m, heads = q.numel() // (b * c), c // head_dim
         ctx.call = (head_dim**-0.5, m, keys, heads)
-        ctx.tile = {"A": ATTENTION_ROWS, "LP": max(16, _next_power_of_2(keys)), "D": head_dim}
+        ctx.tile = {"A": QUERIES, "LP": max(16, _next_power_of_2(keys)), "D": head_dim}
         o = torch.empty_like(q)
-        attention.short_attention[(-(-m // ATTENTION_ROWS), heads, b)](q, kv, o, *ctx.call, **ctx.tile)
+        attention.short_attention[(-(-m // QUERIES), heads, b)](q, kv, o, *ctx.call, **ctx.tile)
         ctx.save_for_backward(q, kv, kernel)
         return product(o, kernel)
 
@@ -207,8 +207,8 @@ class CrossAttentionProduct(Function):
         _, m, _, heads = ctx.call
         do = _by_input(dout, q, kernel)
         dq, o, b = torch.empty_like(q), torch.empty_like(q), kv.shape[1]
-        tiles = -(-m // ATTENTION_ROWS)
-        rows = -(-tiles // max(1, min(PROGRAMS // 4 // (b * heads), tiles))) * ATTENTION_ROWS
+        tiles = -(-m // QUERIES)
+        rows = -(-tiles // max(1, min(PROGRAMS // 4 // (b * heads), tiles))) * QUERIES
         dkv = torch.empty(-(-m // rows), *kv.shape, device=q.device, dtype=torch.float32)
         attention.short_attention_backward[(len(dkv), heads, b)](
             q, kv, do, dq, o, dkv, *ctx.call, rows, num_warps=8, **ctx.tile
@@ -285,7 +285,7 @@ def _shared_out(x: Tensor, n: int, tile: dict[str, int]) -> tuple[tuple[int, int
 
 def _whole_rows(channels: int) -> dict[str, int]:
     width = _next_power_of_2(channels)
-    return {"R": max(1, 1024 // width), "K": width, "num_warps": 2 if width <= 1024 else 4}
+    return {"R": max(1, 1024 // width), "K": width, "num_warps": 1 if width <= 1024 else 4}
 
 
 def _next_power_of_2(number: int) -> int:

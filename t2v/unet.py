@@ -166,6 +166,5 @@ class UNet(nn.Module):
         if timesteps.shape != latents.shape[:1]:
             raise ValueError(f"timesteps: {tuple(timesteps.shape)} is not [{latents.shape[0]}], one for each video")
         if text.ndim != 3 or text.shape[0] % latents.shape[0] or text.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"text: {tuple(text.shape)} is not [{latents.shape[0]}, l, {self.config.text_dim}], or several times that"
-            )
+            wanted = f"[{latents.shape[0]}, l, {self.config.text_dim}]"
+            raise ValueError(f"text: {tuple(text.shape)} is not {wanted}, or several times as many")

@@ -201,7 +201,7 @@ def large() -> bool:
 
 
 def train() -> None:
-    measure("clips, cold cache", lambda b: our_step(b, 16), [24, 22] if large() else [12, 11], "clips", CLIP_TFLOP)
+    measure("clips, cold cache", lambda b: our_step(b, 16), [27, 26] if large() else [12, 11], "clips", CLIP_TFLOP)
     ceilings()
 
 
@@ -281,7 +281,7 @@ def diffusers() -> None:
 
     batches = [10, 8] if large() else [5, 4]
     measure("diffusers, clips", lambda b: their_step(b, 16, False), batches, "clips", CLIP_TFLOP)
-    measure("diffusers, images", lambda b: their_step(b, 1, False), [63], "images", CLIP_TFLOP / 16)  # it takes no more
+    measure("diffusers, images", lambda b: their_step(b, 1, False), [32], "images", CLIP_TFLOP / 16)
     unet = theirs().half().eval().requires_grad_(False)
     for b in (1, 8):
         call = inputs(2 * b, 16, torch.float16)

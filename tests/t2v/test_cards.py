@@ -18,13 +18,13 @@ NUMBERS = {"eps": "fp32", "scale": "fp32", "threshold": "i64"} | dict.fromkeys(
 )
 FP32 = {"sums", "affine", "stats", "out", "k", "dkv"}
 CASES = [
-    (kernels.norm_apply, {"SILU": True, "DROP": True, **recompute.NORM}),
+    (kernels.norm_apply, {"SILU": True, "DROP": True, **recompute.NORM_WIDE}),
     (kernels.norm_backward_sums, {"SILU": True, "DROP": True, **recompute.NORM_BACKWARD_SUMS}),
     (kernels.norm_backward_apply, {"SILU": True, "DROP": True, "CARRIED": True, **recompute.NORM_BACKWARD}),
     (kernels.layer_norm_backward, {"CARRIED": True, **recompute._whole_rows(1280)}),
     (kernels.geglu_backward, dict(recompute.GEGLU_BACKWARD)),
-    (attention.temporal_attention_backward, {"A": recompute.ATTENTION_ROWS, "FP": 64, "D": 64}),
-    (attention.short_attention_backward, {"A": recompute.ATTENTION_ROWS, "LP": 128, "D": 64, "num_warps": 8}),
+    (attention.temporal_attention_backward, {"A": recompute.QUERIES, "FP": 64, "D": 64}),
+    (attention.short_attention_backward, {"A": recompute.QUERIES, "LP": 128, "D": 64, "num_warps": 8}),
 ]
 for function, constants in CASES:
     options = {"num_warps": constants.pop("num_warps", 4)}

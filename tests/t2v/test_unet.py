@@ -191,7 +191,7 @@ def test_dropout_acts_in_training_only(dropout, same):
         ((1, 4, 8, 8), 1, (1, 7, 24), "latents: "),
         ((2, 4, 2, 8, 8), 1, (2, 7, 24), "timesteps: "),
         ((1, 4, 2, 8, 8), 1, (1, 7, 32), r"text: \(1, 7, 32\) is not \[1, l, 24\]"),
-        ((2, 4, 2, 8, 8), 2, (3, 7, 24), r"text: .* is not \[2, l, 24\], or several times that"),
+        ((2, 4, 2, 8, 8), 2, (3, 7, 24), r"text: .* is not \[2, l, 24\], or several times as many"),
     ],
 )
 def test_wrong_shapes_are_named(tiny_unet, latents, timesteps, text, message):
