@@ -201,7 +201,7 @@ def large() -> bool:
 
 
 def train() -> None:
-    measure("clips, cold cache", lambda b: our_step(b, 16), [27, 26] if large() else [12, 11], "clips", CLIP_TFLOP)
+    measure("clips, cold cache", lambda b: our_step(b, 16), [26, 24] if large() else [12, 11], "clips", CLIP_TFLOP)
     ceilings()
 
 
