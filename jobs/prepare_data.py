@@ -3,8 +3,10 @@
     ray job submit --working-dir . -- python jobs/prepare_data.py --config jobs/configs/nano.yaml
 
 A run with a corpus of its own (`corpus` in the configuration) makes it first and serves it on loopback meanwhile.
+`--status` tells how far a run is, `--verify` reads all that is finished again and queues what is damaged again.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +15,14 @@ from jobs.config import Config, job, parse, parser
 
 
 def main() -> None:
-    config, _ = parse(parser(__doc__))
+    jobs_parser = parser(__doc__)
+    jobs_parser.add_argument("--status", action="store_true", help="print the funnel so far, from storage alone")
+    jobs_parser.add_argument(
+        "--verify", action="store_true", help="read all finished shards again; 1 if any is damaged"
+    )
+    config, asked = parse(jobs_parser)
+    if asked.status or asked.verify:
+        return _look(config, asked.verify)
     with job("prepare_data", config):
         from pipelines.prepare import prepare
         from t2v import storage
@@ -24,6 +33,21 @@ def main() -> None:
             prepare(config.run_dir, config.data, config.model.vae, config.seed)
         if (funnel := storage.read_json(note)) != before:
             _record(config, funnel)
+
+
+def _look(config: Config, again: bool) -> None:
+    """What is there; FileNotFoundError ends the process as it does a job."""
+    try:
+        if again:
+            from pipelines.verify import verify
+
+            raise SystemExit(1 if verify(config.run_dir) else 0)
+        from pipelines.status import show_status
+
+        show_status(config.run_dir)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -42,9 +66,14 @@ def _corpus(config: Config) -> Iterator[None]:
 
 
 def _record(config: Config, funnel: dict) -> None:
+    from pipelines.prepare import stored_plans
+    from t2v import storage
     from t2v.record import Record
 
     record = Record(config.run_dir, "prepare_data", asdict(config.data))
+    for plan in stored_plans(storage.join(config.run_dir, "data")):
+        source = getattr(config.data, plan.stream).manifest
+        record.dataset(f"{plan.stream} manifest", source, plan.manifest.digest, plan.manifest.rows)
     record.table(
         [
             {"stream": stream, "status": status, "rows": count}

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipelines.config import DataConfig
 from pipelines.ledger import Entry, write_ledger
 from pipelines.media import Clip, MediaError, read_clip, read_image
+from pipelines.meters import Meters
 from t2v import shards, storage
 from t2v.shards import LatentInfo
 
@@ -52,6 +53,7 @@ class ShardEncoder:
         self.channels, self.height, self.width = self.vae.encode(black)[0].shape[1:]  # or tells that it is broken
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
+        self.meters = Meters()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One row, a shard with its downloads (pipelines/prepare.py) -> one row, what became of it."""
@@ -115,26 +117,30 @@ class ShardEncoder:
         status = Counter(entry.status for entry in entries)
         if status["ok"] != len(kept):
             raise RuntimeError(f"shard {name}: {status['ok']} rows are ok, but {len(kept)} have latents")
-        shard = shards.write_shard(
-            storage.join(self.data_dir, "latents", stream, f"{name}.parquet"),
-            info,
+        rows = shards.Rows(
             row_id=[row.row_id for row in kept],
             caption=[row.caption for row in kept],
             mean=stacked([row.mean for row in kept]),
             logvar=stacked([row.logvar for row in kept]) if self.data.keep_variance else None,
-            fps=[row.fps for row in kept],
-            start_s=[row.start_s for row in kept],
+            fps=np.array([row.fps for row in kept], np.float32),
+            start_s=np.array([row.start_s for row in kept], np.float32),
         )
+        path = storage.join(self.data_dir, "latents", stream, f"{name}.parquet")
+        shard = shards.write_shard(path, info, **vars(rows))
         write_ledger(storage.join(self.data_dir, "ledger", stream, f"{name}.parquet"), entries)
+        took = {"fetch": task["fetch_s"], "encode": seconds}
         summary = {
             "rows": len(entries),
             "status": status,
             "row_groups": shard.row_groups,
+            "digest": shards.digest_rows(rows),
             "info": asdict(info),
             "bytes": sum(entry.bytes for entry in entries),
-            "seconds": {"fetch": task["fetch_s"], "encode": seconds},
+            "seconds": took,
+            "ended": time.time(),
         }
         storage.write_json(storage.join(self.data_dir, "done", stream, f"{name}.json"), summary)
+        self.meters.shard(stream, entries, len(kept) * info.frames, took)
 
 
 def _rows(downloads: pa.Table) -> Iterator[dict]:

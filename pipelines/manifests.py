@@ -42,6 +42,11 @@ class Manifest:
     shards: tuple[tuple[int, str], ...]
 
     @property
+    def digest(self) -> str:
+        """Stands for all rows."""
+        return digest_of(self.shards)
+
+    @property
     def rows(self) -> int:
         return sum(rows for rows, _ in self.shards)
 
@@ -96,6 +101,12 @@ def normalise(source: str, columns: str, shard_rows: int, path: str) -> Manifest
             raise ValueError(f"{source}: the manifest has no rows")
     storage.write_json(summary, {"settings": settings, "shards": shards})
     return Manifest(path, tuple(shards))
+
+
+def stored(path: str) -> Manifest:
+    """A manifest that was normalised before."""
+    known = storage.read_json(path.removesuffix(".parquet") + ".json")
+    return Manifest(path, tuple((rows, digest) for rows, digest in known["shards"]))
 
 
 def read_shard(path: str, index: int) -> list[dict]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.config import DataConfig, FetchConfig, StreamConfig
 from pipelines.fetch import fetch_all
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
-from pipelines.manifests import Manifest, normalise, read_shard
+from pipelines.manifests import Manifest, normalise, read_shard, stored
 from pipelines.ray_data import quieten, tell_if_too_small
 from t2v import storage
 from t2v.config import Stream
@@ -74,6 +74,17 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
             rows, ok = rows + made["rows"], ok + made["ok"]
             print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
     return _finish(data_dir, plans)
+
+
+def stored_plans(data_dir: str) -> list[StreamPlan]:
+    """What a run is making or has made, from its storage alone; FileNotFoundError if nothing was begun there."""
+    note = storage.join(data_dir, "plan.json")
+    if not storage.exists(note):
+        raise FileNotFoundError(f"{note}: no such file, so nothing was prepared in this run folder")
+    return [
+        StreamPlan(stream, stored(storage.join(data_dir, "manifest", f"{stream}.parquet")), data_hash)
+        for stream, data_hash in storage.read_json(note).items()
+    ]
 
 
 def fetch_shard(batch: pa.Table, config: FetchConfig) -> pa.Table:
@@ -141,6 +152,7 @@ def _plans(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[Str
             plans.append(StreamPlan(stream, manifest, _settings_hash(stream, data, encoder, seed)))
     if not plans:
         raise ValueError("data.videos.manifest and data.images.manifest are both unset: nothing to prepare")
+    storage.write_json(storage.join(data_dir, "plan.json"), {plan.stream: plan.data_hash for plan in plans})
     return plans
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
 from t2v import storage
 from t2v.tracking import tracking_uri
@@ -48,6 +48,12 @@ class Record:
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Keeps rows as a table (`name` ends in .json) that the run's page shows, in place of an earlier one."""
         self._try(self._replace_table, pd.DataFrame(rows).to_json(orient="split", index=False), name)
+
+    def dataset(self, name: str, source: str, digest: str, rows: int) -> None:
+        """Names what went into the run: where it lies, a hash of its content, its number of rows."""
+        facts = {"source_type": "uri", "source": json.dumps({"uri": source}), "profile": json.dumps({"num_rows": rows})}
+        entry = DatasetInput(Dataset(name=name, digest=digest, **facts), [InputTag(MLFLOW_DATASET_CONTEXT, name)])
+        self._try(lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
 
     def file(self, path: str, folder: str) -> None:
         """Keeps a local file in `folder` of the run's files."""

@@ -161,16 +161,25 @@ def open_shard(path: str) -> ShardFile:
 def read_rows(shard: str | ShardFile, group: int) -> Rows:
     """Read one row group, all columns; latents are views of Arrow's buffers and are not copied again."""
     shard = open_shard(shard) if isinstance(shard, str) else shard
-    table = shard.parquet.read_row_group(group)
-    has_variance = "logvar" in table.column_names
-    return Rows(
-        row_id=table.column("row_id").to_pylist(),
-        caption=table.column("caption").to_pylist(),
-        mean=_unpacked(table.column("mean"), shard.info),
-        logvar=_unpacked(table.column("logvar"), shard.info) if has_variance else None,
-        fps=table.column("fps").to_numpy(),
-        start_s=table.column("start_s").to_numpy(),
-    )
+    return _rows(shard.parquet.read_row_group(group), shard.info)
+
+
+def read_shard(path: str) -> Rows:
+    """Read a whole shard; its latents are copied."""
+    shard = open_shard(path)
+    table = shard.parquet.read().combine_chunks()
+    return _rows(table, shard.info)
+
+
+def digest_rows(rows: Rows) -> str:
+    """16 hex digits that stand for what a shard holds, however its file is laid out."""
+    content = hashlib.blake2b(digest_size=8)
+    columns = [rows.row_id, rows.caption, rows.fps.tolist(), rows.start_s.tolist()]
+    content.update(json.dumps(columns).encode())
+    for latents in (rows.mean, rows.logvar):
+        if latents is not None:
+            content.update(np.ascontiguousarray(latents).data)
+    return content.hexdigest()
 
 
 def list_shards(folder: str) -> list[Shard]:
@@ -208,6 +217,18 @@ def info_from_json(value: dict) -> LatentInfo:
         scale=value["scale"],
         data_hash=value["data_hash"],
         dtype=value["dtype"],
+    )
+
+
+def _rows(table: pa.Table, info: LatentInfo) -> Rows:
+    has_variance = "logvar" in table.column_names
+    return Rows(
+        row_id=table.column("row_id").to_pylist(),
+        caption=table.column("caption").to_pylist(),
+        mean=_unpacked(table.column("mean"), info),
+        logvar=_unpacked(table.column("logvar"), info) if has_variance else None,
+        fps=table.column("fps").to_numpy(),
+        start_s=table.column("start_s").to_numpy(),
     )
 
 
@@ -251,6 +272,8 @@ def _packed(path: str, name: str, latent: np.ndarray, info: LatentInfo, rows: in
 
 def _unpacked(column: pa.ChunkedArray, info: LatentInfo) -> np.ndarray:
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if not len(array):
+        return np.empty((0, *info.shape), info.dtype)
     values = len(array) * int(np.prod(info.shape))
     flat = np.frombuffer(array.buffers()[1], info.dtype, count=values, offset=array.offset * info.row_bytes)
     return flat.reshape(len(array), *info.shape)

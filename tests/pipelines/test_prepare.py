@@ -13,7 +13,9 @@ from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
 from pipelines.encode import ShardEncoder
 from pipelines.ledger import Entry, Funnel, funnel_text
 from pipelines.media import read_clip, read_image
-from pipelines.prepare import prepare
+from pipelines.prepare import prepare, stored_plans
+from pipelines.status import show_status
+from pipelines.verify import damage, verify
 from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
 from t2v import shards, storage
 from t2v.shards import encoder_id
@@ -177,6 +179,63 @@ def test_a_missing_summary_has_its_shard_made_again_alike_and_no_other(prepared)
     assert after.keys() == before.keys()
     assert {path.stem for path in after if after[path] != before[path]} == {done.stem}
     assert shard.read_bytes() == content
+
+
+def test_a_sound_run_is_verified_and_its_status_is_its_funnel(prepared, capsys):
+    assert verify(str(prepared.run_dir)) == 0
+    show_status(str(prepared.run_dir))
+    out = capsys.readouterr().out
+    assert "shards read again, 0 damaged" in out and funnel_text(prepared.funnel) in out
+    assert out.count("all done") == 2
+
+
+def test_a_damaged_shard_is_named_queued_again_and_made_anew(prepared, capsys):
+    shard = min((prepared.run_dir / "data/latents/videos").glob("0*.parquet"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    assert verify(str(prepared.run_dir)) == 1
+    show_status(str(prepared.run_dir))
+    out = capsys.readouterr().out
+    assert f"videos {shard.stem}: its content is not what was written" in out
+    total = len(list(shard.parent.glob("0*.parquet")))
+    assert f"{total - 1}/{total} shards" in out and "rows/s lately" in out
+    prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED)
+    assert shard.read_bytes() == content and verify(str(prepared.run_dir)) == 0
+
+
+def rewritten(path, change):
+    """The Parquet file at `path` with its rows, as dictionaries, changed."""
+    table = pq.read_table(path)
+    pq.write_table(type(table).from_pylist(change(table.to_pylist()), schema=table.schema), path)
+
+
+def not_finite(rows):
+    return [rows[0] | {"mean": b"\xff" * len(rows[0]["mean"])}, *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "expected"),
+    [
+        ("ledger", lambda rows: rows[1:], "does not hold the rows of its manifest"),
+        ("ledger", lambda rows: [row | {"status": "corrupt"} for row in rows], "its ledger and its summary count"),
+        ("latents", lambda rows: rows[:-1], "not those of the rows that its ledger calls ok"),
+        ("latents", lambda rows: [rows[0], *rows], "it holds a row twice"),
+        ("latents", not_finite, "not finite"),
+        ("latents", lambda rows: [row | {"caption": ""} for row in rows], "its content is not what was written"),
+    ],
+)
+def test_whatever_is_wrong_with_a_shard_is_told(prepared, tmp_path, part, change, expected):
+    shutil.copytree(prepared.run_dir / "data", tmp_path / "data")
+    plan = next(plan for plan in stored_plans(str(tmp_path / "data")) if plan.stream == "images")
+    name = plan.names[1]
+    rewritten(tmp_path / "data" / part / "images" / f"{name}.parquet", change)
+    task = {"stream": "images", "name": name, "manifest": plan.manifest.path, "index": 1}
+    assert expected in damage(str(tmp_path / "data"), task)
+
+
+def test_nothing_prepared_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing was prepared"):
+        show_status(str(tmp_path))
 
 
 def test_a_broken_vae_stops_the_encoder_before_its_first_row(prepared, tmp_path):

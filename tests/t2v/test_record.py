@@ -40,6 +40,15 @@ def test_a_table_replaces_the_one_before_it(tmp_path: Path, monkeypatch: pytest.
     assert client.load_table(experiment, "scores.json").to_dict("records") == [{"clips": 7}]
 
 
+def test_a_dataset_is_an_input_of_the_run_with_its_digest(tmp_path: Path) -> None:
+    for _ in range(2):
+        record = Record(str(tmp_path), "prepare_data", {"size": 64})
+        record.dataset("videos manifest", "s3://bucket/webvid.csv", "0123456789abcdef", 2_500_000)
+    (given,) = mlflow.MlflowClient(tracking_uri(str(tmp_path))).get_run(record.run_id).inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("videos manifest", "0123456789abcdef")
+    assert "s3://bucket/webvid.csv" in given.dataset.source and "2500000" in given.dataset.profile
+
+
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
 def test_adding_to_a_run_that_has_ended_does_not_open_it_again(tmp_path: Path, status: str) -> None:
     begun = Record(str(tmp_path), "train", {"samples": 5})

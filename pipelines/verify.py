@@ -1,0 +1,78 @@
+"""Whether what the preparation has finished is what it says: shards are read again, and damaged ones queued again."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.manifests import read_shard
+from pipelines.prepare import StreamPlan, stored_plans
+from pipelines.ray_data import quieten
+from t2v import shards, storage
+
+
+def verify(run_dir: str) -> int:
+    """Reads every finished shard of a run again, on all nodes; says what is wrong and returns how many are damaged.
+
+    A damaged shard loses its summary, so that the next run of the preparation makes it anew. FileNotFoundError if
+    nothing was prepared there.
+    """
+    data_dir = storage.join(storage.absolute(run_dir), "data")
+    tasks = [task for plan in stored_plans(data_dir) for task in _finished(data_dir, plan)]
+    damaged = 0
+    for row in _checked(tasks) if tasks else ():
+        if row["damage"]:
+            damaged += 1
+            print(f"[verify] {row['stream']} {row['name']}: {row['damage']}", flush=True)
+            storage.remove(storage.join(data_dir, "done", row["stream"], f"{row['name']}.json"))
+    print(f"[verify] {len(tasks):,} shards read again, {damaged:,} damaged", flush=True)
+    if damaged:
+        print("[verify] run jobs/prepare_data.py again: it makes these anew, and nothing else", flush=True)
+    return damaged
+
+
+def damage(data_dir: str, task: dict) -> str:
+    """What is wrong with a finished shard: its ledger, its latents, or what both say of the manifest; '' if nothing.
+
+    `task` names it: stream, name, and manifest and index, the row group that it was made of.
+    """
+    stream, name = task["stream"], task["name"]
+    try:
+        summary = storage.read_json(storage.join(data_dir, "done", stream, f"{name}.json"))
+        with storage.open_read(storage.join(data_dir, "ledger", stream, f"{name}.parquet")) as file:
+            entries = pq.read_table(file).to_pylist()
+        rows = shards.read_shard(storage.join(data_dir, "latents", stream, f"{name}.parquet"))
+    except (OSError, ValueError) as error:  # of Arrow, JSON and the shard itself
+        return f"cannot be read: {error}"
+    asked = [row["row_id"] for row in read_shard(task["manifest"], task["index"])]
+    if [entry["row_id"] for entry in entries] != asked:
+        return "its ledger does not hold the rows of its manifest, one for one"
+    if Counter(entry["status"] for entry in entries) != Counter(summary["status"]):
+        return "its ledger and its summary count differently"
+    kept = list(dict.fromkeys(row_id.partition("+")[0] for row_id in rows.row_id))
+    if kept != [entry["row_id"] for entry in entries if entry["status"] == "ok"]:
+        return "its latents are not those of the rows that its ledger calls ok"
+    if len(set(rows.row_id)) < len(rows):
+        return "it holds a row twice"
+    if not all(np.isfinite(latents).all() for latents in (rows.mean, rows.logvar) if latents is not None):
+        return "it holds latents that are not finite"
+    if shards.digest_rows(rows) != summary["digest"]:
+        return "its content is not what was written"
+    return ""
+
+
+def _finished(data_dir: str, plan: StreamPlan) -> Iterator[dict]:
+    missing = {task["name"] for task in plan.missing(data_dir)}
+    for index, name in enumerate(plan.names):
+        if name not in missing:
+            yield {"stream": plan.stream, "name": name, "manifest": plan.manifest.path, "index": index}
+
+
+def _checked(tasks: list[dict]) -> Iterator[dict]:
+    import ray.data
+
+    data_dir = tasks[0]["manifest"].rpartition("/manifest/")[0]
+    checked = ray.data.from_items(tasks).map(lambda task: task | {"damage": damage(data_dir, task)})
+    quieten(checked)
+    yield from checked.iter_rows()
