@@ -25,11 +25,7 @@ EVERY_S = (3.0, 8.0)
 def start(run_dir: Path, address: str = "") -> subprocess.Popen:
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [PYTHON, "jobs/prepare_data.py", *PRESET, "--run_dir", str(run_dir)]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
-        "RAY_AUTH_MODE": "disabled"
-    }
-    if address:
-        environment["RAY_ADDRESS"] = address
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
     log = (run_dir / "log.txt").open("a")
     return subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log, env=environment)
 
@@ -67,7 +63,7 @@ def undisturbed(run_dir: Path) -> None:
 
 
 def under_fire(run_dir: Path, kills: int) -> None:
-    """Kills a random worker, actor or the driver `kills` times; whenever the driver is gone the job is started again."""
+    """Kills a random worker, actor or the driver `kills` times; when the driver is gone the job is started again."""
     draw, killed, starts = random.Random(0), Counter(), 0
     while True:
         process, starts = start(run_dir), starts + 1
@@ -130,6 +126,7 @@ def main() -> None:
     undisturbed(folder / "undisturbed")
     expected = state(folder / "undisturbed")
     for name, disturb in (("fire", lambda path: under_fire(path, kills)), ("node", node_lost)):
+        shutil.copytree(folder / "undisturbed/corpus", folder / name / "corpus")  # the same addresses, so the same rows
         disturb(folder / name)
         found = state(folder / name)
         for part, value in expected.items():
