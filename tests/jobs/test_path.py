@@ -33,12 +33,12 @@ SMALLEST = {
 }
 
 
-def run(name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+def run(name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, **changes: object) -> None:
     """Runs a job's main as the command line would."""
     given = SMALLEST | {key.replace("__", "."): value for key, value in changes.items()}
     options = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     preset = ["--config", f"{PROJECT}/jobs/configs/nano.yaml", "--run_dir", str(run_dir)]
-    monkeypatch.setattr("sys.argv", [f"{name}.py", *preset, *options])
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *preset, *options, *flags])
     importlib.import_module(f"jobs.{name}").main()
 
 
@@ -131,7 +131,20 @@ def test_running_all_again_changes_no_file(
     assert "[train] nothing to do" in capsys.readouterr().out
 
 
-RESTATED = {"index.json", "funnel.json", "manifest.jsonl"}  # summaries that every run writes anew
+def test_what_was_prepared_is_verified_and_its_status_told(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("prepare_data", run_dir, monkeypatch, "--verify")
+    run("prepare_data", run_dir, monkeypatch, "--status")
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "0 damaged" in out and out.count("all done") == 2
+    with pytest.raises(SystemExit) as end:
+        run("prepare_data", run_dir / "elsewhere", monkeypatch, "--status")
+    assert end.value.code == 2 and "nothing was prepared" in capsys.readouterr().err
+
+
+RESTATED = {"index.json", "funnel.json", "plan.json", "manifest.jsonl"}  # summaries that every run writes anew
 
 
 def test_more_samples_resume_where_training_stopped(
