@@ -39,7 +39,7 @@ STORED = pa.schema([*SCHEMA, ("status", pa.string()), ("message", pa.string())])
 _LABELS = ("nsfw", "language")  # optional columns of text; the others that only filters read are float32
 _SHARDS = pa.schema([("rows", pa.int32()), ("digest", pa.string())])
 _SHARDS_FILE = "shards.parquet"
-_SHARDS_PER_PART = 256
+_SHARDS_PER_PART = 64
 _DUPLICATE = "an earlier row has the same URL"
 
 

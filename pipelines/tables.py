@@ -101,7 +101,9 @@ def _parquet_names(path: str) -> list[str]:
 
 def _parquet_batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
     with _naming(path), storage.open_read(path, ahead=False) as file:
-        yield from pq.ParquetFile(file, buffer_size=_BUFFER_BYTES).iter_batches(_BATCH_ROWS, columns=names)
+        yield from pq.ParquetFile(file, buffer_size=_BUFFER_BYTES).iter_batches(
+            _BATCH_ROWS, columns=names, use_threads=False
+        )
 
 
 def _json_names(path: str) -> list[str]:

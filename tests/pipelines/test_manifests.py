@@ -153,7 +153,7 @@ def test_bad_maps_and_files(tmp_path):
 def test_row_groups_are_shards_in_however_many_parts(tmp_path):
     rows = [{"url": f"http://a/{number}.mp4", "caption": "x"} for number in range(25_003)]
     source = write(tmp_path / "m.csv", rows)
-    for shard_rows, shards, parts in ((1000, 26, 1), (40, 626, 3)):
+    for shard_rows, shards, parts in ((1000, 26, 1), (40, 626, 10)):
         manifest = normalise(StreamConfig(source, "generic", shard_rows), str(tmp_path / "manifest" / "videos"))
         assert (manifest.rows, manifest.shards.num_rows, manifest.shards["rows"][-1].as_py()) == (25_003, shards, 3)
         assert len(set(manifest.shards["digest"].to_pylist())) == shards
