@@ -26,8 +26,8 @@ from t2v.config import Stream
 from t2v.digest import digest_of
 from t2v.shards import Shard, encoder_id, info_from_json, write_index
 
-# Ray's driver keeps kilobytes for each block until its dataset ends. So few blocks hold many shards where there are
-# many, and one dataset covers so many shards that the drain at its end and new encoders weigh little.
+# Ray's driver keeps kilobytes for each block until its dataset ends (ray-project/ray#66016). So a block holds several
+# shards where there are many, and one dataset covers no more than that its end and new encoders weigh little.
 _BLOCKS = 1000
 _SHARDS_AT_ONCE = 10_000
 
@@ -50,9 +50,8 @@ class StreamPlan:
     def missing(self, data_dir: str) -> pa.Table:
         """What the stages are told of each shard that has no summary yet, one row a shard."""
         names = pa.array(self.names, pa.string())
-        done = [
-            one.removesuffix(".json") for one in storage.listing(storage.join(data_dir, "done", self.stream), ".json")
-        ]
+        folder = storage.join(data_dir, "done", self.stream)
+        done = [summary.removesuffix(".json") for summary in storage.listing(folder, ".json")]
         tasks = pa.table({"name": names, "index": range(len(names)), "rows": self.manifest.shards["rows"]})
         tasks = tasks.filter(pc.invert(pc.is_in(names, pa.array(done, pa.string()))))
         for name, value in (("stream", self.stream), ("data_hash", self.data_hash), ("manifest", self.manifest.path)):
@@ -98,8 +97,8 @@ def fetch_shard(batch: pa.Table, config: FetchConfig) -> pa.Table:
     begun = time.monotonic()
     (task,) = batch.to_pylist()
     rows = read_shard(task["manifest"], task["index"])
-    begin = iter(asyncio.run(fetch_all([row["url"] for row in rows if row["status"] is None], config)))
-    fetched = [Fetched(b"", row["status"], row["message"], 0.0) if row["status"] else next(begin) for row in rows]
+    answers = iter(asyncio.run(fetch_all([row["url"] for row in rows if not row["status"]], config)))
+    fetched = [Fetched(b"", row["status"], row["message"], 0.0) if row["status"] else next(answers) for row in rows]
     downloads = pa.table(
         {name: pa.array([row[name] for row in rows], pa.string()) for name in ("row_id", "url", "caption")}
         | {name: pa.array([getattr(one, name) for one in fetched], kind) for name, kind in _FETCHED.items()}

@@ -108,15 +108,21 @@ def _parquet_batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 def _json_names(path: str) -> list[str]:
     with _naming(path), storage.open_read(path) as file:
-        return list(json.loads(file.readline() or b"{}"))
+        return list(_json_object(file.readline() or b"{}"))
 
 
 def _json_batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
     with _naming(path), storage.open_read(path) as file:
         lines: Iterable[bytes] = (line for line in file if line.strip())
-        while block := [json.loads(line) for line in islice(lines, _BATCH_ROWS)]:
+        while block := [_json_object(line) for line in islice(lines, _BATCH_ROWS)]:
             cells = {name: [row.get(name) for row in block] for name in names}
             yield pa.record_batch({name: [_json_text(value) for value in column] for name, column in cells.items()})
+
+
+def _json_object(line: bytes) -> dict:
+    if not isinstance(value := json.loads(line), dict):
+        raise ValueError(f"{line[:40]!r} is no JSON object")
+    return value
 
 
 def _json_text(value: object) -> str:

@@ -3,7 +3,8 @@
 A synthetic LAION list in Parquet, 1,000 rows a shard, goes through the whole of jobs/prepare_data.py's preparation,
 save that no download happens: the stand-in below says of every row that it was empty. So nothing is decoded either,
 but ledgers, shards and summaries are written. Each length runs in a process of its own, with a Ray of two CPUs; its
-clock starts with the process. The last line has four filters and duplicates on. Memory is the greatest proportional set size (PSS) seen, every half a second.
+clock starts with the process. The last row of the table has four filters on and looks for duplicates. Memory is the
+greatest proportional set size (PSS) seen, every half a second.
 
     python tests/benchmarks/manifests.py > tests/benchmarks/results/manifests.txt
 """

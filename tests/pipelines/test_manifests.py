@@ -145,6 +145,9 @@ def test_bad_maps_and_files(tmp_path):
     (tmp_path / "m.csv").write_text("url,caption\na,b\na,b,c\n")
     with pytest.raises(ValueError, match=r"m\.csv: CSV parse error: Row #3: Expected 2 columns, got 3"):
         rows_of(str(tmp_path / "m.csv"), "generic")
+    (tmp_path / "m.jsonl").write_text('{"url": "a", "caption": "b"}\n["c", "d"]\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl: b'\[.* is no JSON object"):
+        rows_of(str(tmp_path / "m.jsonl"), "generic")
     (tmp_path / "m.parquet").write_bytes(b"no Parquet")
     with pytest.raises(ValueError, match=r"m\.parquet"):
         read_manifest(str(tmp_path / "m.parquet"), "generic")
