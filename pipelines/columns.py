@@ -1,9 +1,26 @@
 """What the columns of manifests are called; light, so that a wrong name is told when the configuration is read."""
 
+# Scores and labels that several data sets carry, in the spellings that are about.
+_SCORES: dict[str, tuple[str, ...]] = {
+    "punsafe": ("punsafe",),
+    "nsfw": ("NSFW", "nsfw"),
+    "similarity": ("similarity",),
+    "watermark": ("pwatermark", "watermark"),
+    "aesthetic": ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score"),
+    "language": ("LANGUAGE", "language"),
+}
 # Our column <- theirs; the first name that a manifest has is taken. Only url and caption must be there.
 COLUMN_MAPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "webvid": {"url": ("contentUrl",), "caption": ("name",), "duration_s": ("duration",)},
-    "laion2b-en": {"url": ("URL",), "caption": ("TEXT",), "width": ("WIDTH",), "height": ("HEIGHT",)},
+    "webvid": {"url": ("contentUrl",), "caption": ("name",), "duration_s": ("duration",)} | _SCORES,
+    "laion2b-en": {"url": ("URL",), "caption": ("TEXT",), "width": ("WIDTH",), "height": ("HEIGHT",)} | _SCORES,
+    # What img2dataset left behind of LAION2B-en: width and height are those of its own copies.
+    "re-laion": {
+        "url": ("url", "URL"),
+        "caption": ("caption", "TEXT"),
+        "width": ("original_width", "width", "WIDTH"),
+        "height": ("original_height", "height", "HEIGHT"),
+    }
+    | _SCORES,
     "msrvtt": {"url": ("path", "video_id"), "caption": ("sentence",)},
     "generic": {
         "url": ("url",),
@@ -11,7 +28,8 @@ COLUMN_MAPS: dict[str, dict[str, tuple[str, ...]]] = {
         "duration_s": ("duration_s",),
         "width": ("width",),
         "height": ("height",),
-    },
+    }
+    | _SCORES,
 }
 REQUIRED = ("url", "caption")
 

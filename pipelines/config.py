@@ -1,6 +1,7 @@
 """What the data, sampling and scoring pipelines can be told; every default is the paper's (4.1.1)."""
 
 import ipaddress
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,15 +33,46 @@ class CorpusConfig:
 
 
 @dataclass
-class StreamConfig:
-    """One input: a CSV, TSV, Parquet or JSONL manifest of URLs and captions.
+class RowFilters:
+    """Which rows of a manifest are worth a download, by what its columns say; each is off unless it is set.
 
-    `columns` names a built-in column map (webvid, laion2b-en, msrvtt, generic) or is one: "url=link,caption=title".
+    Sides are in pixels; the aspect ratio is that of the long side to the short one; `refuse_nsfw` lists labels such
+    as NSFW and UNSURE, `languages` those that are kept, such as en, both in any case. A bound itself is kept, and so
+    is a row whose value is missing. ValueError, before anything is fetched, for a filter whose column the manifest
+    does not have.
+    """
+
+    min_side: int | None = None
+    max_aspect: float | None = None
+    max_punsafe: float | None = None
+    refuse_nsfw: list[str] = field(default_factory=list)
+    min_similarity: float | None = None
+    max_watermark: float | None = None
+    min_aesthetic: float | None = None
+    languages: list[str] = field(default_factory=list)
+    min_duration_s: float | None = None
+    max_duration_s: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "min_side", "max_aspect")
+        at_least(0, self, "max_punsafe", "max_watermark", "min_duration_s", "max_duration_s")
+        at_least(-math.inf, self, "min_similarity", "min_aesthetic")  # anything but NaN
+
+
+@dataclass
+class StreamConfig:
+    """One input: a list of URLs and captions, as one CSV, TSV, Parquet or JSONL file, a folder or a glob of them.
+
+    `columns` names a built-in column map (webvid, laion2b-en, re-laion, msrvtt, generic) or is one:
+    "url=link,caption=title". With `drop_duplicates`, of the rows of one URL that pass the filters the first is kept;
+    to find the others takes 24 bytes a row on the driver's disk for temporary files.
     """
 
     manifest: str | None = None
     columns: str = "webvid"
     shard_rows: int = 100
+    filters: RowFilters = field(default_factory=RowFilters)
+    drop_duplicates: bool = False
 
     def __post_init__(self) -> None:
         at_least(1, self, "shard_rows")

@@ -81,7 +81,7 @@ class ShardEncoder:
 
     def _decode(self, stream: str, row: dict) -> Decoded:
         body, data = row["body"], self.data
-        entry = Entry(row["row_id"], row["url"], row["status"], "fetch", row["message"], len(body), row["seconds"])
+        entry = Entry(row["row_id"], row["url"], row["status"], row["stage"], row["message"], len(body), row["seconds"])
         if entry.status != "ok":
             return entry, row["caption"], None
         try:

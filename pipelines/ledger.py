@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Literal, get_args
 
 import pyarrow as pa
@@ -13,6 +14,15 @@ from t2v import storage
 
 Status = Literal[
     "ok",
+    "filtered_size",
+    "filtered_aspect",
+    "filtered_unsafe",
+    "filtered_similarity",
+    "filtered_watermark",
+    "filtered_aesthetic",
+    "filtered_language",
+    "filtered_duration",
+    "duplicate_url",
     "no_url",
     "dns",
     "connection",
@@ -29,8 +39,10 @@ Status = Literal[
     "too_short",
     "too_many_pixels",
 ]
-Stage = Literal["fetch", "decode", "encode"]
+Stage = Literal["manifest", "fetch", "decode", "encode"]
 Funnel = dict[str, Counter[str]]
+
+_READ_AT_ONCE = 1000  # summaries
 
 SCHEMA = pa.schema(
     [
@@ -65,12 +77,14 @@ def write_ledger(path: str, entries: Sequence[Entry]) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def read_done(data: str, stream: str, names: Sequence[str]) -> list[dict]:
-    """The summaries of those of the named shards that are done; `data` is the run's data folder."""
+def read_done(data: str, stream: str, names: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """Name and summary of those of the named shards that are done; `data` is the run's data folder."""
     folder = storage.join(data, "done", stream)
     done = set(storage.listing(folder, ".json"))
-    paths = [storage.join(folder, f"{name}.json") for name in names if f"{name}.json" in done]
-    return [json.loads(content) for content in storage.read_many(paths)]
+    present = (name for name in names if f"{name}.json" in done)
+    while some := list(islice(present, _READ_AT_ONCE)):
+        contents = storage.read_many([storage.join(folder, f"{name}.json") for name in some])
+        yield from zip(some, map(json.loads, contents), strict=True)
 
 
 def funnel_text(funnel: Mapping[str, Mapping[str, int]]) -> str:

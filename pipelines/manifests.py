@@ -1,22 +1,29 @@
-"""Lists of URLs and captions as the world has them, streamed into one form whose row groups are the shards."""
+"""Lists of URLs and captions as the world has them, streamed into one form whose row groups are the shards.
+
+A normalised manifest is a folder: parts of so many row groups that a footer stays small, and, written last, the list
+of all shards with the settings that made them.
+"""
 
 import hashlib
 import json
-import re
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain, count, islice
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.columns import REQUIRED, column_map
+from pipelines.config import RowFilters, StreamConfig
+from pipelines.row_filters import rules, verdicts
+from pipelines.tables import Reader, numbers, reader_of, texts
+from pipelines.url_duplicates import Duplicates
 from t2v import storage
 from t2v.digest import digest_of
 
-Value = bytes | str | float | None  # a cell of a manifest
 SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
@@ -27,28 +34,42 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-_BATCH_ROWS = 10_000
-_DURATION = re.compile(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?")
+# A row that is not to be fetched has its status and message from the start.
+STORED = pa.schema([*SCHEMA, ("status", pa.string()), ("message", pa.string())])
+_LABELS = ("nsfw", "language")  # optional columns of text; the others that only filters read are float32
+_SHARDS = pa.schema([("rows", pa.int32()), ("digest", pa.string())])
+_SHARDS_FILE = "shards.parquet"
+_SHARDS_PER_PART = 64
+_DUPLICATE = "an earlier row has the same URL"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A normalised manifest: row group k of the Parquet file at `path` is shard k.
+    """A normalised manifest: the folder that `read_shard` reads.
 
-    `shards` holds, for each, its number of rows and a hash of its rows, from which shard names are made.
+    `shards` has a row for each shard: its number of rows and a digest of them, from which shard names are made.
     """
 
     path: str
-    shards: tuple[tuple[int, str], ...]
+    shards: pa.Table
 
     @property
     def digest(self) -> str:
         """Stands for all rows."""
-        return digest_of(self.shards)
+        return digest_of(self.shards["digest"].to_pylist())
 
     @property
     def rows(self) -> int:
-        return sum(rows for rows, _ in self.shards)
+        return pc.sum(self.shards["rows"]).as_py()
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a manifest and where its columns are: ours <- theirs."""
+
+    path: str
+    reader: Reader
+    source: dict[str, str]
 
 
 def row_id(dataset: str, url: str) -> str:
@@ -56,63 +77,58 @@ def row_id(dataset: str, url: str) -> str:
     return hashlib.blake2b(f"{dataset}\0{url}".encode(), digest_size=8).hexdigest()
 
 
-def read_manifest(path: str, columns: str) -> Iterator[pa.RecordBatch]:
-    """Stream a CSV, TSV, JSONL or Parquet file in batches of the normalised schema, in the file's order.
+def read_manifest(manifest: str, columns: str) -> Iterator[pa.RecordBatch]:
+    """Stream a CSV, TSV, JSONL or Parquet file, or a folder or glob of them, in batches of the normalised schema.
 
-    A row without URL keeps its place, with the URL empty. ValueError, at once, names the file, the columns that
-    it has and those wanted; also if a line cannot be parsed, because then no count of its rows can be right.
+    Files come in the order of their names. A row without URL keeps its place, with the URL empty. ValueError, at
+    once, names the file, the columns that it has and those wanted; also if a line cannot be parsed, because then no
+    count of its rows can be right. FileNotFoundError if there is no such file.
     """
-    wanted = column_map(columns)
-    names = _column_names(path)
-    chosen = {ours: next((name for name in theirs if name in names), None) for ours, theirs in wanted.items()}
-    missing = [" or ".join(wanted[name]) for name in REQUIRED if chosen[name] is None]
-    if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}, which columns={columns!r} wants; it has {', '.join(names)}"
-        )
-    source = {ours: theirs for ours, theirs in chosen.items() if theirs is not None}
-    return (_normalised(batch, source, columns) for batch in _batches(path, list(source.values())))
+    files = _files(manifest, columns, RowFilters())
+    return (_identified(batch, columns).select(SCHEMA.names) for batch in _batches(files))
 
 
-def normalise(source: str, columns: str, shard_rows: int, path: str) -> Manifest:
-    """Write `source` in the normalised form at `path`, one row group a shard of `shard_rows` rows, atomically.
+def normalise(config: StreamConfig, path: str) -> Manifest:
+    """Write a stream's manifest in the normalised form into the folder `path`, one row group a shard.
 
-    Nothing is read or written if neither the file nor the settings have changed since.
+    Rows that a filter refuses and duplicates keep their places and get their status. Nothing is read or written if
+    neither the files nor the settings have changed since.
     """
-    if not storage.exists(source):
-        raise FileNotFoundError(f"{source}: no such manifest")
-    summary = path.removesuffix(".parquet") + ".json"
-    settings = {
-        "source": source,
-        "fingerprint": storage.fingerprint(source),
-        "columns": columns,
-        "shard_rows": shard_rows,
-    }
-    known = storage.read_json(summary) if storage.exists(summary) else {}
-    if known.get("settings") == settings and storage.exists(path):
-        return Manifest(path, tuple((rows, digest) for rows, digest in known["shards"]))
-    shards = []
-    batches = read_manifest(source, columns)
-    with storage.open_atomic(path) as file, pq.ParquetWriter(file, SCHEMA, write_statistics=False) as writer:
-        for table in _tables(batches, shard_rows):
-            writer.write_table(table, row_group_size=shard_rows)
-            shards.append((table.num_rows, _digest(table)))
-        if not shards:
-            raise ValueError(f"{source}: the manifest has no rows")
-    storage.write_json(summary, {"settings": settings, "shards": shards})
-    return Manifest(path, tuple(shards))
+    manifest = str(config.manifest)
+    settings = asdict(config) | {"fingerprint": [(one, storage.fingerprint(one)) for one in _paths(manifest)]}
+    key = json.dumps(settings, sort_keys=True).encode()
+    if (known := _known(path)) is not None and (known.schema.metadata or {}).get(b"settings") == key:
+        return Manifest(path, known.replace_schema_metadata())
+    files = _files(manifest, config.columns, config.filters)
+    for name in (_SHARDS_FILE, *storage.listing(path, ".parquet")):
+        storage.remove(storage.join(path, name))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _judged(files, config.filters)
+        if config.drop_duplicates:
+            duplicates = Duplicates(map(_wanted_urls, _judged(files, config.filters)), folder)
+            rows = _without(rows, duplicates)
+        batches = (_identified(batch, config.columns).select(STORED.names) for batch in rows)
+        parts = list(_write_parts(path, _tables(batches, config.shard_rows)))
+    if not parts:
+        raise ValueError(f"{manifest}: the manifest has no rows")
+    shards = pa.concat_tables(parts)
+    with storage.open_atomic(storage.join(path, _SHARDS_FILE)) as file:
+        pq.write_table(shards.replace_schema_metadata({"settings": key}), file)
+    return Manifest(path, shards)
 
 
 def stored(path: str) -> Manifest:
     """A manifest that was normalised before."""
-    known = storage.read_json(path.removesuffix(".parquet") + ".json")
-    return Manifest(path, tuple((rows, digest) for rows, digest in known["shards"]))
+    if (known := _known(path)) is None:
+        raise FileNotFoundError(f"{path}: no such manifest")
+    return Manifest(path, known.replace_schema_metadata())
 
 
 def read_shard(path: str, index: int) -> list[dict]:
-    """The rows of one shard of a normalised manifest."""
-    with storage.open_read(path) as file:
-        return pq.ParquetFile(file).read_row_group(index).to_pylist()
+    """The rows of one shard of a normalised manifest; status and message are None where there is a URL to fetch."""
+    part, group = divmod(index, _SHARDS_PER_PART)
+    with storage.open_read(_part(path, part), ahead=False) as file:
+        return pq.ParquetFile(file, pre_buffer=True).read_row_group(group).to_pylist()
 
 
 def beside(manifest: str, path: str) -> str:
@@ -122,95 +138,105 @@ def beside(manifest: str, path: str) -> str:
     return storage.join(manifest.rpartition("/")[0] or ".", path)
 
 
-def _column_names(path: str) -> list[str]:
-    kind = _kind(path)
-    with _naming(path), storage.open_read(path) as file:
-        if kind == "parquet":
-            return pq.ParquetFile(file).schema_arrow.names
-        if kind == "jsonl":
-            return list(json.loads(file.readline() or b"{}"))
-        return pacsv.open_csv(file, parse_options=_csv_options(kind)).schema.names
+def _paths(manifest: str) -> list[str]:
+    """The files of a manifest, sorted; of a folder, those that a reader knows."""
+    if "*" in manifest:
+        paths = storage.matches(manifest)
+    elif storage.is_file(manifest):
+        paths = [manifest]
+    else:
+        paths = [storage.join(manifest, name) for name in storage.listing(manifest)]
+        paths = [path for path in paths if reader_of(path)]
+    if not paths:
+        raise FileNotFoundError(f"{manifest}: no such manifest, nor a folder of .csv, .tsv, .jsonl or .parquet files")
+    return paths
 
 
-def _batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """The named columns as they stand; those of text files as bytes, for captions are not always UTF-8."""
-    kind = _kind(path)
-    with _naming(path), storage.open_read(path) as file:
-        if kind == "parquet":
-            yield from pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=names)
-        elif kind == "jsonl":
-            yield from _json_batches(file, names)
-        else:
-            convert = pacsv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.binary()))
-            yield from pacsv.open_csv(file, parse_options=_csv_options(kind), convert_options=convert)
+def _files(manifest: str, columns: str, filters: RowFilters) -> list[_File]:
+    """The files of a manifest with their columns, all of which are looked at before any row is read."""
+    with ThreadPoolExecutor(16) as pool:  # each is a request or two where storage is remote
+        return list(pool.map(lambda path: _file(path, columns, filters), _paths(manifest)))
 
 
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Errors of parsing (Arrow's and JSON's are ValueErrors) get the name of the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _json_batches(file: Iterable[bytes], names: list[str]) -> Iterator[pa.RecordBatch]:
-    lines = (line for line in file if line.strip())
-    while block := [json.loads(line) for line in islice(lines, _BATCH_ROWS)]:
-        yield pa.record_batch({name: [_text(row.get(name)) for row in block] for name in names})
-
-
-def _kind(path: str) -> str:
-    kind = path.rsplit(".", 1)[-1].lower()
-    if kind not in ("csv", "tsv", "jsonl", "parquet"):
+def _file(path: str, columns: str, filters: RowFilters) -> _File:
+    reader = reader_of(path)
+    if reader is None:
         raise ValueError(f"{path}: a manifest is a .csv, .tsv, .jsonl or .parquet file")
-    return kind
+    names, wanted = reader.names(path), column_map(columns)
+    source = {ours: next((name for name in theirs if name in names), None) for ours, theirs in wanted.items()}
+    missing = [" or ".join(wanted[name]) for name in REQUIRED if source[name] is None]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}, which columns={columns!r} wants; it has {', '.join(names)}"
+        )
+    used = set(SCHEMA.names)
+    for rule in rules(filters):
+        used |= set(rule.wants)
+        for ours in rule.wants:
+            if source.get(ours) is None:
+                theirs = " or ".join(wanted.get(ours, (ours,)))
+                raise ValueError(
+                    f"{path}: no column {theirs}, which filters.{rule.option} wants by columns={columns!r}; "
+                    f"it has {', '.join(names)}"
+                )
+    return _File(path, reader, {ours: theirs for ours, theirs in source.items() if theirs and ours in used})
 
 
-def _csv_options(kind: str) -> pacsv.ParseOptions:
-    return pacsv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
+def _batches(files: Iterable[_File]) -> Iterator[pa.RecordBatch]:
+    """All rows in the normalised schema, save row_id, with the columns that only filters read behind."""
+    for file in files:
+        for batch in file.reader.batches(file.path, list(dict.fromkeys(file.source.values()))):
+            columns = {ours: _cells(ours, batch.column(theirs)) for ours, theirs in file.source.items()}
+            for field in SCHEMA:
+                if field.name not in ("row_id", *columns):
+                    columns[field.name] = pa.nulls(batch.num_rows, field.type)
+            yield pa.record_batch(columns)
 
 
-def _normalised(batch: pa.RecordBatch, source: dict[str, str], dataset: str) -> pa.RecordBatch:
-    values = {ours: batch.column(theirs).to_pylist() for ours, theirs in source.items()}
-    url = [_text(value).strip() for value in values["url"]]
-    unknown = [None] * len(url)
-    columns = [
-        [row_id(dataset, value) for value in url],
-        url,
-        [_text(value).strip() for value in values["caption"]],
-        [_number(value) for value in values.get("duration_s", unknown)],
-        [_whole(value) for value in values.get("width", unknown)],
-        [_whole(value) for value in values.get("height", unknown)],
-    ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-    return pa.record_batch(arrays, schema=SCHEMA)
+def _cells(ours: str, column: pa.Array) -> pa.Array:
+    if ours in REQUIRED:
+        return texts(column)
+    if ours in _LABELS:
+        label = texts(column)
+        return pc.if_else(pc.equal(label, ""), None, label)
+    value = numbers(column)
+    if ours not in SCHEMA.names:  # a score
+        return value.cast(pa.float32(), safe=False)
+    possible = pc.and_(pc.greater_equal(value, 0), pc.less(value, 2.0**31))
+    return pc.if_else(possible, value, None).cast(SCHEMA.field(ours).type, safe=False)
 
 
-def _text(value: Value) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else "" if value is None else str(value)
+def _identified(batch: pa.RecordBatch, dataset: str) -> pa.RecordBatch:
+    ids = [row_id(dataset, url) for url in batch.column("url").to_pylist()]
+    return batch.append_column("row_id", pa.array(ids, pa.string()))
 
 
-def _number(value: Value) -> float | None:
-    """A number, or the seconds of a duration such as WebVid's PT00H00M13S; None for anything else."""
-    text = _text(value).strip()
-    if match := _DURATION.fullmatch(text):
-        hours, minutes, seconds = (float(part or 0) for part in match.groups())
-        return 3600 * hours + 60 * minutes + seconds
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 <= number < 2**31 else None
+def _judged(files: Iterable[_File], filters: RowFilters) -> Iterator[pa.RecordBatch]:
+    """All rows, with status and message of those that a filter refuses."""
+    for batch in _batches(files):
+        status, message = verdicts(batch, filters)
+        yield batch.append_column("status", status).append_column("message", message)
 
 
-def _whole(value: Value) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
+def _wanted_urls(batch: pa.RecordBatch) -> pa.Array:
+    """The URLs that are to be fetched; null for the other rows."""
+    wanted = pc.and_(batch.column("status").is_null(), pc.not_equal(batch.column("url"), ""))
+    return pc.if_else(wanted, batch.column("url"), None)
+
+
+def _without(batches: Iterable[pa.RecordBatch], duplicates: Duplicates) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for batch in batches:
+        again = pa.array(duplicates.among(start, batch.num_rows))
+        start += batch.num_rows
+        for name, value in (("status", "duplicate_url"), ("message", _DUPLICATE)):
+            place = batch.schema.get_field_index(name)
+            batch = batch.set_column(place, name, pc.if_else(again, value, batch.column(name)))
+        yield batch
 
 
 def _tables(batches: Iterable[pa.RecordBatch], shard_rows: int) -> Iterator[pa.Table]:
-    pending = SCHEMA.empty_table()
+    pending = STORED.empty_table()
     for batch in batches:
         pending = pa.concat_tables([pending, pa.Table.from_batches([batch])])
         while pending.num_rows >= shard_rows:
@@ -220,6 +246,36 @@ def _tables(batches: Iterable[pa.RecordBatch], shard_rows: int) -> Iterator[pa.T
         yield pending
 
 
+def _write_parts(path: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Write shards as row groups; yields, part by part, the list of its shards."""
+    for number in count():
+        if (first := next(tables, None)) is None:
+            return
+        shards = []
+        with (
+            storage.open_atomic(_part(path, number)) as file,
+            pq.ParquetWriter(file, STORED, write_statistics=False) as writer,
+        ):
+            for table in chain([first], islice(tables, _SHARDS_PER_PART - 1)):
+                writer.write_table(table, row_group_size=table.num_rows)
+                shards.append({"rows": table.num_rows, "digest": _digest(table)})
+        yield pa.Table.from_pylist(shards, _SHARDS)
+
+
+def _part(path: str, number: int) -> str:
+    return storage.join(path, f"{number:06d}.parquet")
+
+
+def _known(path: str) -> pa.Table | None:
+    """The list of shards that an earlier run left, with its settings in the schema's metadata."""
+    summary = storage.join(path, _SHARDS_FILE)
+    if not storage.exists(summary):
+        return None
+    with storage.open_read(summary) as file:
+        return pq.read_table(file)
+
+
 def _digest(table: pa.Table) -> str:
-    """Stands for the rows of a shard: what was asked for and what it is called."""
-    return digest_of(list(zip(table["row_id"].to_pylist(), table["caption"].to_pylist(), strict=True)))
+    """Stands for the rows of a shard: what was asked for, what it is called, and what is not to be fetched."""
+    names = ("row_id", "caption") + (("status",) if table["status"].null_count < table.num_rows else ())
+    return digest_of(list(zip(*(table[name].to_pylist() for name in names), strict=True)))

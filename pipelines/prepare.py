@@ -10,12 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.config import DataConfig, FetchConfig, StreamConfig
-from pipelines.fetch import fetch_all
+from pipelines.fetch import Fetched, fetch_all
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, normalise, read_shard, stored
 from pipelines.ray_data import quieten, tell_if_too_small
@@ -23,6 +25,11 @@ from t2v import storage
 from t2v.config import Stream
 from t2v.digest import digest_of
 from t2v.shards import Shard, encoder_id, info_from_json, write_index
+
+# Ray's driver keeps kilobytes for each block until its dataset ends (ray-project/ray#66016). So a block holds several
+# shards where there are many, and one dataset covers no more than that its end and new encoders weigh little.
+BLOCKS = 1000
+_SHARDS_AT_ONCE = 10_000
 
 _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.string(), "seconds": pa.float32()}
 
@@ -37,16 +44,19 @@ class StreamPlan:
 
     @property
     def names(self) -> list[str]:
-        digests = [digest_of([digest, self.data_hash], digits=12) for _, digest in self.manifest.shards]
+        digests = (digest_of([one, self.data_hash], digits=12) for one in self.manifest.shards["digest"].to_pylist())
         return [f"{index:06d}-{digest}" for index, digest in enumerate(digests)]
 
-    def missing(self, data_dir: str) -> Iterator[dict]:
-        """What the stages are told of each shard that has no summary yet."""
-        done = set(storage.listing(storage.join(data_dir, "done", self.stream), ".json"))
-        for index, (name, (rows, _)) in enumerate(zip(self.names, self.manifest.shards, strict=True)):
-            if f"{name}.json" not in done:
-                place = {"manifest": self.manifest.path, "index": index, "rows": rows}
-                yield {"stream": self.stream, "name": name, "data_hash": self.data_hash, **place}
+    def tasks(self, data_dir: str, done: bool) -> pa.Table:
+        """What the stages are told of each shard that has a summary, or has none yet: one row a shard."""
+        names = pa.array(self.names, pa.string())
+        folder = storage.join(data_dir, "done", self.stream)
+        there = [summary.removesuffix(".json") for summary in storage.listing(folder, ".json")]
+        tasks = pa.table({"name": names, "index": range(len(names)), "rows": self.manifest.shards["rows"]})
+        tasks = tasks.filter(pc.equal(pc.is_in(names, pa.array(there, pa.string())), done))
+        for name, value in (("stream", self.stream), ("data_hash", self.data_hash), ("manifest", self.manifest.path)):
+            tasks = tasks.append_column(name, pa.repeat(value, tasks.num_rows).dictionary_encode())
+        return tasks
 
 
 def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> Funnel:
@@ -58,10 +68,10 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     encoder = encoder_id(vae_path)
     data_dir = storage.join(storage.absolute(run_dir), "data")
     plans = _plans(data_dir, data, encoder, seed)
-    tasks = [task for plan in plans for task in plan.missing(data_dir)]
-    total = sum(len(plan.names) for plan in plans)
+    tasks = pa.concat_tables([plan.tasks(data_dir, done=False) for plan in plans]).unify_dictionaries()
+    total = sum(plan.manifest.shards.num_rows for plan in plans)
     print(f"[prepare_data] {total - len(tasks)}/{total} shards are done already", flush=True)
-    if tasks:
+    if len(tasks):
         settings = {
             "data_dir": data_dir,
             "data": data,
@@ -70,7 +80,9 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
             "seed": seed,
         }
         rows, ok = 0, 0
-        for done, made in enumerate(_make(tasks, data, settings), start=total - len(tasks) + 1):
+        windows = (tasks.slice(start, _SHARDS_AT_ONCE) for start in range(0, len(tasks), _SHARDS_AT_ONCE))
+        made_shards = chain.from_iterable(_make(window, data, settings) for window in windows)
+        for done, made in enumerate(made_shards, start=total - len(tasks) + 1):
             rows, ok = rows + made["rows"], ok + made["ok"]
             print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
     return _finish(data_dir, plans)
@@ -82,7 +94,7 @@ def stored_plans(data_dir: str) -> list[StreamPlan]:
     if not storage.exists(note):
         raise FileNotFoundError(f"{note}: no such file, so nothing was prepared in this run folder")
     return [
-        StreamPlan(stream, stored(storage.join(data_dir, "manifest", f"{stream}.parquet")), data_hash)
+        StreamPlan(stream, stored(storage.join(data_dir, "manifest", stream)), data_hash)
         for stream, data_hash in storage.read_json(note).items()
     ]
 
@@ -96,10 +108,12 @@ def fetch_shard(batch: pa.Table, config: FetchConfig) -> pa.Table:
     begun = time.monotonic()
     (task,) = batch.to_pylist()
     rows = read_shard(task["manifest"], task["index"])
-    fetched = asyncio.run(fetch_all([row["url"] for row in rows], config))
+    answers = iter(asyncio.run(fetch_all([row["url"] for row in rows if not row["status"]], config)))
+    fetched = [Fetched(b"", row["status"], row["message"], 0.0) if row["status"] else next(answers) for row in rows]
     downloads = pa.table(
         {name: pa.array([row[name] for row in rows], pa.string()) for name in ("row_id", "url", "caption")}
         | {name: pa.array([getattr(one, name) for one in fetched], kind) for name, kind in _FETCHED.items()}
+        | {"stage": ["manifest" if row["status"] else "fetch" for row in rows]}
     )
     packed = pa.BufferOutputStream()
     with pa.ipc.new_stream(packed, downloads.schema) as writer:
@@ -109,7 +123,7 @@ def fetch_shard(batch: pa.Table, config: FetchConfig) -> pa.Table:
     return batch.append_column("fetch_s", seconds).append_column("downloads", value)
 
 
-def _make(tasks: list[dict], data: DataConfig, settings: dict[str, Any]) -> Iterator[dict]:
+def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterator[dict]:
     """Run the two stages over the missing shards; yields how many rows of each are ok, once it is committed."""
     import ray.data
 
@@ -119,7 +133,7 @@ def _make(tasks: list[dict], data: DataConfig, settings: dict[str, Any]) -> Iter
     what = "one encoder (data.encode) with one download (data.fetch) needs them"
     tell_if_too_small("prepare_data", cpus, data.encode.gpus_per_worker, what)
     made = (
-        ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        ray.data.from_arrow(tasks, override_num_blocks=min(len(tasks), BLOCKS))
         .map_batches(
             fetch_shard,  # type: ignore[arg-type]
             batch_size=1,
@@ -147,8 +161,8 @@ def _plans(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[Str
     plans = []
     for stream, config in inputs:
         if config.manifest is not None:
-            path = storage.join(data_dir, "manifest", f"{stream}.parquet")
-            manifest = normalise(config.manifest, config.columns, config.shard_rows, path)
+            path = storage.join(data_dir, "manifest", stream)
+            manifest = normalise(config, path)
             plans.append(StreamPlan(stream, manifest, _settings_hash(stream, data, encoder, seed)))
     if not plans:
         raise ValueError("data.videos.manifest and data.images.manifest are both unset: nothing to prepare")
@@ -173,16 +187,16 @@ def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:
     """Check that every shard is there; write the index for training and the funnel."""
     funnel: Funnel = {}
     for plan in plans:
-        done = read_done(data_dir, plan.stream, plan.names)
-        if len(done) < len(plan.names):
-            raise RuntimeError(f"{plan.stream}: {len(plan.names) - len(done)} shards were not made; run this again")
         folder = storage.join(data_dir, "latents", plan.stream)
-        made = [
-            Shard(storage.join(folder, f"{name}.parquet"), tuple(one["row_groups"]), info_from_json(one["info"]))
-            for name, one in zip(plan.names, done, strict=True)
-        ]
+        made: list[Shard] = []
+        funnel[plan.stream] = Counter()
+        for name, one in read_done(data_dir, plan.stream, plan.names):
+            info = made[0].info if made else info_from_json(one["info"])  # the same in all shards of one plan
+            made.append(Shard(storage.join(folder, f"{name}.parquet"), tuple(one["row_groups"]), info))
+            funnel[plan.stream].update(one["status"])
+        if missing := plan.manifest.shards.num_rows - len(made):
+            raise RuntimeError(f"{plan.stream}: {missing} shards were not made; run this again")
         write_index(folder, made)
-        funnel[plan.stream] = sum((Counter(one["status"]) for one in done), Counter())
     storage.write_json(
         storage.join(data_dir, "funnel.json"),
         {

@@ -15,20 +15,25 @@ def show_status(run_dir: str) -> None:
     data_dir = storage.join(storage.absolute(run_dir), "data")
     funnel: Funnel = {}
     for plan in stored_plans(data_dir):
-        done = read_done(data_dir, plan.stream, plan.names)
-        funnel[plan.stream] = sum((Counter(one["status"]) for one in done), Counter())
-        print(_line(plan, done, time.time()))
+        funnel[plan.stream] = _show(plan, data_dir, time.time())
     print(f"\n{funnel_text(funnel)}")
 
 
-def _line(plan: StreamPlan, done: list[dict], now: float) -> str:
-    rows = sum(one["rows"] for one in done)
-    recent = sum(one["rows"] for one in done if now - one["ended"] < RECENT_S)
-    text = f"{plan.stream:<7} {len(done):,}/{len(plan.names):,} shards, {rows:,}/{plan.manifest.rows:,} rows"
-    if rows == plan.manifest.rows:
-        return f"{text}, all done"
-    if not recent:
-        return f"{text}, none in the last {RECENT_S // 60} minutes"
-    begun = min(one["ended"] - one["seconds"]["encode"] for one in done)
-    speed = recent / min(RECENT_S, now - begun)
-    return f"{text}, {speed:,.1f} rows/s lately, about {(plan.manifest.rows - rows) / speed / 3600:.1f} h left"
+def _show(plan: StreamPlan, data_dir: str, now: float) -> Counter[str]:
+    """Prints one stream's line; returns its rows by status."""
+    shards, recent, begun, statuses = 0, 0, now, Counter[str]()
+    for _, summary in read_done(data_dir, plan.stream, plan.names):
+        shards += 1
+        statuses.update(summary["status"])
+        recent += summary["rows"] if now - summary["ended"] < RECENT_S else 0
+        begun = min(begun, summary["ended"] - summary["seconds"]["encode"])
+    rows, total = statuses.total(), plan.manifest.rows
+    text = f"{plan.stream:<7} {shards:,}/{plan.manifest.shards.num_rows:,} shards, {rows:,}/{total:,} rows"
+    if rows == total:
+        print(f"{text}, all done")
+    elif not recent:
+        print(f"{text}, none in the last {RECENT_S // 60} minutes")
+    else:
+        speed = recent / min(RECENT_S, now - begun)
+        print(f"{text}, {speed:,.1f} rows/s lately, about {(total - rows) / speed / 3600:.1f} h left")
+    return statuses

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.manifests import read_shard
-from pipelines.prepare import StreamPlan, stored_plans
+from pipelines.prepare import BLOCKS, stored_plans
 from pipelines.ray_data import quieten
 from t2v import shards, storage
 
@@ -19,9 +20,10 @@ def verify(run_dir: str) -> int:
     nothing was prepared there.
     """
     data_dir = storage.join(storage.absolute(run_dir), "data")
-    tasks = [task for plan in stored_plans(data_dir) for task in _finished(data_dir, plan)]
+    plans = stored_plans(data_dir)
+    tasks = pa.concat_tables([plan.tasks(data_dir, done=True) for plan in plans]).unify_dictionaries()
     damaged = 0
-    for row in _checked(tasks) if tasks else ():
+    for row in _checked(data_dir, tasks) if len(tasks) else ():
         if row["damage"]:
             damaged += 1
             print(f"[verify] {row['stream']} {row['name']}: {row['damage']}", flush=True)
@@ -62,17 +64,10 @@ def damage(data_dir: str, task: dict) -> str:
     return ""
 
 
-def _finished(data_dir: str, plan: StreamPlan) -> Iterator[dict]:
-    missing = {task["name"] for task in plan.missing(data_dir)}
-    for index, name in enumerate(plan.names):
-        if name not in missing:
-            yield {"stream": plan.stream, "name": name, "manifest": plan.manifest.path, "index": index}
-
-
-def _checked(tasks: list[dict]) -> Iterator[dict]:
+def _checked(data_dir: str, tasks: pa.Table) -> Iterator[dict]:
     import ray.data
 
-    data_dir = tasks[0]["manifest"].rpartition("/manifest/")[0]
-    checked = ray.data.from_items(tasks).map(lambda task: task | {"damage": damage(data_dir, task)})
+    blocks = ray.data.from_arrow(tasks, override_num_blocks=min(len(tasks), BLOCKS))
+    checked = blocks.map(lambda task: task | {"damage": damage(data_dir, task)})
     quieten(checked)
     yield from checked.iter_rows()

@@ -59,10 +59,18 @@ def listing(folder: str, suffix: str = "") -> list[str]:
     return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
 
 
-def open_read(path: str) -> BinaryIO:
-    """Open a file for reading bytes, with seek."""
+def matches(pattern: str) -> list[str]:
+    """The files that a pattern with * stands for, sorted; none if there are none."""
+    filesystem, inner = _resolve(pattern)
+    filesystem.invalidate_cache()
+    found = sorted(path for path, entry in filesystem.glob(inner, detail=True).items() if entry["type"] == "file")
+    return found if is_local(pattern) else [filesystem.unstrip_protocol(path) for path in found]
+
+
+def open_read(path: str, ahead: bool = True) -> BinaryIO:
+    """Open a file for reading bytes, with seek; `ahead` reads more of a remote file than asked, in case it is next."""
     filesystem, inner = _resolve(path)
-    return filesystem.open(inner, "rb")
+    return filesystem.open(inner, "rb", **({} if ahead else {"cache_type": "none"}))
 
 
 def read_bytes(path: str) -> bytes:

@@ -167,4 +167,5 @@ def test_test_captions_hold_colours_that_only_pictures_show(run_dir: Path) -> No
 
 
 def captions(run_dir: Path, stream: str) -> list[str]:
-    return pq.read_table(run_dir / "data/manifest" / f"{stream}.parquet")["caption"].to_pylist()
+    parts = (run_dir / "data/manifest" / stream).glob("0*.parquet")
+    return [caption for part in parts for caption in pq.read_table(part)["caption"].to_pylist()]

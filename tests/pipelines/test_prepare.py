@@ -6,10 +6,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
+from pipelines.config import DataConfig, EncodeConfig, FetchConfig, RowFilters, StreamConfig
 from pipelines.encode import ShardEncoder
 from pipelines.ledger import Entry, Funnel, funnel_text
 from pipelines.media import read_clip, read_image
@@ -236,6 +237,28 @@ def test_whatever_is_wrong_with_a_shard_is_told(prepared, tmp_path, part, change
 def test_nothing_prepared_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing was prepared"):
         show_status(str(tmp_path))
+
+
+def test_filtered_rows_and_duplicates_are_in_the_ledger_and_never_fetched(prepared, corpus, tmp_path, monkeypatch):
+    """Also where blocks hold several shards and several datasets follow each other."""
+    monkeypatch.setattr("pipelines.prepare.BLOCKS", 2)
+    monkeypatch.setattr("pipelines.prepare._SHARDS_AT_ONCE", 5)
+    (good, *_) = (row for row in pq.read_table(corpus.folder / "laion.parquet").to_pylist() if "/images/" in row["URL"])
+    refused = [
+        good | {"URL": f"{corpus.base_url}/nowhere/{number}.jpg", "WIDTH": 20 if number % 2 else 500, "punsafe": 1.0}
+        for number in range(10)
+    ]
+    pq.write_table(pa.Table.from_pylist([good, *refused, good]), tmp_path / "m.parquet")
+    filters = RowFilters(min_side=50, max_punsafe=0.5)
+    images = StreamConfig(str(tmp_path / "m.parquet"), "laion2b-en", 2, filters, drop_duplicates=True)
+    run = replace(prepared, run_dir=tmp_path / "run", data=replace(prepared.data, videos=StreamConfig(), images=images))
+    funnel = prepare(str(run.run_dir), run.data, run.vae, SEED)
+    assert funnel == {"images": {"ok": 1, "filtered_size": 5, "filtered_unsafe": 5, "duplicate_url": 1}}
+    entries = ledger(run, "images")
+    assert [entry.url for entry in entries] == [good["URL"], *(row["URL"] for row in refused), good["URL"]]
+    assert [entry.stage for entry in entries] == ["encode"] + ["manifest"] * 11
+    assert all(entry.message and not entry.bytes and not entry.seconds for entry in entries[1:])
+    assert list(latents(run, "images")) == [entries[0].row_id]
 
 
 def test_a_broken_vae_stops_the_encoder_before_its_first_row(prepared, tmp_path):
