@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from pipelines.archives import COLUMNS, fingerprint, is_archive, read_archive
 from pipelines.columns import REQUIRED, column_map
 from t2v import storage
 from t2v.digest import digest_of
@@ -57,6 +58,8 @@ def read_manifest(path: str, columns: str) -> Iterator[pa.RecordBatch]:
     A row without URL keeps its place, with the URL empty. ValueError, at once, names the file, the columns that
     it has and those wanted; also if a line cannot be parsed, because then no count of its rows can be right.
     """
+    if is_archive(path):
+        return (_normalised(batch, {name: name for name in COLUMNS}, columns) for batch in read_archive(path))
     wanted = column_map(columns)
     names = _column_names(path)
     chosen = {ours: next((name for name in theirs if name in names), None) for ours, theirs in wanted.items()}
@@ -74,12 +77,13 @@ def normalise(source: str, columns: str, shard_rows: int, path: str) -> Manifest
 
     Nothing is read or written if neither the file nor the settings have changed since.
     """
-    if not storage.exists(source):
+    archive = is_archive(source)
+    if not (archive or storage.exists(source)):
         raise FileNotFoundError(f"{source}: no such manifest")
     summary = path.removesuffix(".parquet") + ".json"
     settings = {
         "source": source,
-        "fingerprint": storage.fingerprint(source),
+        "fingerprint": fingerprint(source) if archive else storage.fingerprint(source),
         "columns": columns,
         "shard_rows": shard_rows,
     }
