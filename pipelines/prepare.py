@@ -5,7 +5,6 @@ ledger and one summary, which is written last. Shards are named after their rows
 so running this again makes what is missing and nothing else.
 """
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,10 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.config import DataConfig, FetchConfig, StreamConfig
-from pipelines.fetch import fetch_all
+from pipelines.archives import is_archive, read_members
+from pipelines.config import DataConfig, StreamConfig
+from pipelines.download import open_engine
+from pipelines.fetch import Fetched
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, normalise, read_shard
+from pipelines.raw import write_raw
 from pipelines.ray_data import quieten, tell_if_too_small
 from t2v import storage
 from t2v.config import Stream
@@ -29,11 +31,15 @@ _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.stri
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The shards of one stream under the present settings; `names[k]` is made from row group k of the manifest."""
+    """The shards of one stream under the present settings; `names[k]` is made from row group k of the manifest.
+
+    `archive` tells that its URLs are addresses of members (pipelines/archives.py), which no other manifest may use.
+    """
 
     stream: Stream
     manifest: Manifest
     data_hash: str
+    archive: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -45,7 +51,7 @@ class StreamPlan:
         done = set(storage.listing(storage.join(data_dir, "done", self.stream), ".json"))
         for index, (name, (rows, _)) in enumerate(zip(self.names, self.manifest.shards, strict=True)):
             if f"{name}.json" not in done:
-                place = {"manifest": self.manifest.path, "index": index, "rows": rows}
+                place = {"manifest": self.manifest.path, "index": index, "rows": rows, "archive": self.archive}
                 yield {"stream": self.stream, "name": name, "data_hash": self.data_hash, **place}
 
 
@@ -76,16 +82,30 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     return _finish(data_dir, plans)
 
 
-def fetch_shard(batch: pa.Table, config: FetchConfig) -> pa.Table:
-    """Ray Data's first stage: one row, a shard that is to be made -> the same row and its downloads.
+class ShardFetcher:
+    """Ray Data's first stage: holds a download engine, its connections and its DNS cache, and serves a shard a call."""
 
-    All the downloads of a shard travel as one value, a table in Arrow's stream format, so that Ray Data never
-    splits a shard between two encoders.
-    """
-    begun = time.monotonic()
-    (task,) = batch.to_pylist()
-    rows = read_shard(task["manifest"], task["index"])
-    fetched = asyncio.run(fetch_all([row["url"] for row in rows], config))
+    def __init__(self, data_dir: str, data: DataConfig) -> None:
+        self.data_dir, self.data = data_dir, data
+        self.download = open_engine(data.fetch)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row, a shard that is to be made -> the same row and its downloads.
+
+        All the downloads of a shard travel as one value, a table in Arrow's stream format, so that Ray Data never
+        splits a shard between two encoders.
+        """
+        begun = time.monotonic()
+        (task,) = batch.to_pylist()
+        rows = read_shard(task["manifest"], task["index"])
+        urls = [row["url"] for row in rows]
+        fetched = read_members(urls, self.data.fetch.max_bytes) if task["archive"] else self.download(urls)
+        if self.data.raw == "webdataset" and not task["archive"]:
+            write_raw(storage.join(self.data_dir, "raw", task["stream"]), task["name"], rows, fetched)
+        return _with_downloads(batch, rows, fetched, begun)
+
+
+def _with_downloads(batch: pa.Table, rows: list[dict], fetched: list[Fetched], begun: float) -> pa.Table:
     downloads = pa.table(
         {name: pa.array([row[name] for row in rows], pa.string()) for name in ("row_id", "url", "caption")}
         | {name: pa.array([getattr(one, name) for one in fetched], kind) for name, kind in _FETCHED.items()}
@@ -110,10 +130,11 @@ def _make(tasks: list[dict], data: DataConfig, settings: dict[str, Any]) -> Iter
     made = (
         ray.data.from_items(tasks, override_num_blocks=len(tasks))
         .map_batches(
-            fetch_shard,  # type: ignore[arg-type]
+            ShardFetcher,
             batch_size=1,
             batch_format="pyarrow",
-            fn_kwargs={"config": data.fetch},
+            fn_constructor_kwargs={"data_dir": settings["data_dir"], "data": data},
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(data.fetch.workers, len(tasks))),
             num_cpus=data.fetch.cpus_per_task,
         )
         .map_batches(
@@ -138,7 +159,8 @@ def _plans(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[Str
         if config.manifest is not None:
             path = storage.join(data_dir, "manifest", f"{stream}.parquet")
             manifest = normalise(config.manifest, config.columns, config.shard_rows, path)
-            plans.append(StreamPlan(stream, manifest, _settings_hash(stream, data, encoder, seed)))
+            settings_hash = _settings_hash(stream, data, encoder, seed)
+            plans.append(StreamPlan(stream, manifest, settings_hash, is_archive(config.manifest)))
     if not plans:
         raise ValueError("data.videos.manifest and data.images.manifest are both unset: nothing to prepare")
     return plans
