@@ -84,10 +84,13 @@ class FetchConfig:
     """Bounds on what a stranger's server may do to a download, and on what we do to it.
 
     `concurrency` and `per_host` count downloads of one shard; `timeout_s` bounds one attempt. The addresses of
-    `allow_networks` ("127.0.0.0/8") are reached although they are not public. `cpus_per_task` tells Ray how many
-    shards to download at once beside the encoders.
+    `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors, each of
+    `cpus_per_task`, download a shard at a time beside the encoders. `engine` may be one of two packages, which
+    keep fewer of these bounds (pipelines/download.py).
     """
 
+    engine: Literal["builtin", "img2dataset", "video2dataset"] = "builtin"
+    workers: int = 8
     concurrency: int = 64
     per_host: int = 16
     timeout_s: float = 60.0
@@ -100,7 +103,7 @@ class FetchConfig:
     cpus_per_task: float = 0.5
 
     def __post_init__(self) -> None:
-        at_least(1, self, "concurrency", "per_host", "max_bytes", "max_pixels")
+        at_least(1, self, "workers", "concurrency", "per_host", "max_bytes", "max_pixels")
         at_least(0, self, "retries", "max_redirects")
         above_zero(self, "timeout_s", "cpus_per_task")
         for network in self.allow_networks:
@@ -127,12 +130,16 @@ class EncodeConfig:
 
 @dataclass
 class DataConfig:
-    """From URL lists to latent shards: the middle square, 16 frames at 3 fps (paper 4.1.1)."""
+    """From URL lists to latent shards: the middle square, 16 frames at 3 fps (paper 4.1.1).
+
+    `raw` may keep what is downloaded, as it came, in WebDataset tars.
+    """
 
     size: int = 256
     frames: int = 16
     fps: float = 3.0
     keep_variance: bool = True
+    raw: Literal["none", "webdataset"] = "none"
     videos: StreamConfig = field(default_factory=StreamConfig)
     images: StreamConfig = field(default_factory=lambda: StreamConfig(columns="laion2b-en", shard_rows=1000))
     fetch: FetchConfig = field(default_factory=FetchConfig)

