@@ -28,6 +28,8 @@ Status = Literal[
     "corrupt",
     "too_short",
     "too_many_pixels",
+    "decode_timeout",
+    "decoder_crashed",
 ]
 Stage = Literal["fetch", "decode", "encode"]
 Funnel = dict[str, Counter[str]]

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import av
 import cv2
@@ -29,7 +29,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipelines.ledger import Status
+if TYPE_CHECKING:  # PyArrow is not for the processes that decode
+    from pipelines.ledger import Status
 
 # No playlists (hls, concat): they make the demuxer open other files and addresses.
 _VIDEOS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,flv,asf,gif"}
@@ -41,7 +42,7 @@ _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 class MediaError(Exception):
     """A file that gives no clip or picture, and the status of its row in the ledger."""
 
-    def __init__(self, status: Status, message: str) -> None:
+    def __init__(self, status: "Status", message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
 
@@ -133,6 +134,8 @@ def _decoding() -> Iterator[None]:
         raise MediaError("not_media", "no picture of a known format") from error
     except Image.DecompressionBombError as error:
         raise MediaError("too_many_pixels", str(error)) from error
+    except MemoryError as error:
+        raise MediaError("decoder_crashed", "out of memory") from error
     except Exception as error:
         raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error
 
