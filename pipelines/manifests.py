@@ -117,7 +117,7 @@ def _column_names(path: str) -> list[str]:
         if kind == "parquet":
             return pq.ParquetFile(file).schema_arrow.names
         if kind == "jsonl":
-            return list(json.loads(file.readline() or b"{}"))
+            return list(_json_object(file.readline() or b"{}"))
         return pacsv.open_csv(file, parse_options=_csv_options(kind)).schema.names
 
 
@@ -136,17 +136,24 @@ def _batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Errors of parsing (Arrow's and JSON's are ValueErrors) get the name of the file."""
+    """Errors of parsing (Arrow's and JSON's are ValueErrors; JSON may nest too deep) get the name of the file."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _json_batches(file: Iterable[bytes], names: list[str]) -> Iterator[pa.RecordBatch]:
     lines = (line for line in file if line.strip())
-    while block := [json.loads(line) for line in islice(lines, _BATCH_ROWS)]:
+    while block := [_json_object(line) for line in islice(lines, _BATCH_ROWS)]:
         yield pa.record_batch({name: [_text(row.get(name)) for row in block] for name in names})
+
+
+def _json_object(line: bytes) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"a line is no JSON object: {line[:80]!r}")
+    return row
 
 
 def _kind(path: str) -> str:
@@ -177,7 +184,10 @@ def _normalised(batch: pa.RecordBatch, source: dict[str, str], dataset: str) -> 
 
 
 def _text(value: Value) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else "" if value is None else str(value)
+    """As Unicode that can be stored: without broken UTF-8 and without the lone surrogates that JSON can spell."""
+    if value is None:
+        return ""
+    return (value if isinstance(value, bytes) else str(value).encode(errors="replace")).decode(errors="replace")
 
 
 def _number(value: Value) -> float | None:

@@ -25,6 +25,7 @@ import numpy as np
 from av import VideoFrame
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -72,7 +73,7 @@ def read_clip(
     too_many_pixels.
     """
     source = io.BytesIO(data) if isinstance(data, bytes) else data
-    with _decoding(), av.open(source, mode="r", options=_VIDEOS) as container:
+    with _decoding(), _opened(source) as container:
         stream = _video_stream(container, max_pixels)
         span = _span(container, stream)
         slack_s = span.seconds - frames / fps
@@ -95,6 +96,10 @@ def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndar
         _check_pixels(image.width, image.height, max_pixels)
         image.draft("RGB", (size * 3 // 2, size * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise MediaError("corrupt", f"pixels of 32 bits (mode {image.mode}), of which none is known to be white")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -140,11 +145,22 @@ def _decoding() -> Iterator[None]:
         raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
+def _opened(source: io.BytesIO | str) -> InputContainer:
+    try:
+        return av.open(source, mode="r", options=_VIDEOS)
+    except av.error.ArgumentError as error:  # a format that is known, and not on the list
+        raise MediaError("not_media", "no video of a known format") from error
+
+
 def _video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
-    if not container.streams.video:
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not videos:
         raise MediaError("not_media", f"no video in this {container.format.name} file")
-    stream = container.streams.video[0]
+    stream = videos[0]
+    if not stream.codec_context:
+        raise MediaError("corrupt", "the header does not say how the video is encoded")
     _check_pixels(stream.width, stream.height, max_pixels)
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # of frames that are larger than the header says
     stream.codec_context.thread_count = 1  # frame threads cost more than they give; clips run side by side instead
     return stream
 
