@@ -135,9 +135,11 @@ def _limit_waiting(socket_number: int, timeout_s: float) -> None:
 
 def _confine(max_memory_mb: int, parent: int) -> None:
     """Bound this process's memory, leave no core files and end with the parent, where the system can do that."""
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_mb << 20,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
+        limit = max_memory_mb << 20
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard),) * 2)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent is gone already")

@@ -155,7 +155,8 @@ def _opened(source: io.BytesIO | str) -> InputContainer:
 def _video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not videos:
-        raise MediaError("not_media", f"no video in this {container.format.name} file")
+        other = container.streams.audio or container.streams.subtitles  # or the header is cut before it tells
+        raise MediaError("not_media" if other else "corrupt", f"no video in this {container.format.name} file")
     stream = videos[0]
     if not stream.codec_context:
         raise MediaError("corrupt", "the header does not say how the video is encoded")

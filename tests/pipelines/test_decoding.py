@@ -129,3 +129,16 @@ def test_an_installation_that_starts_no_process_is_no_files_fault(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="no decoder process starts"):
         Decoders(DecodeConfig()).call(counts, b"")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"timeout_s": 0}, "timeout_s: 0 is below"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"max_memory_mb": 64}, "max_memory_mb: 64 is below"),
+    ],
+)
+def test_bounds_within_which_nothing_can_be_decoded_are_refused(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeConfig(**bounds)

@@ -1,6 +1,7 @@
 """Input that means harm goes through the real pipeline; only loopback is ever reached."""
 
 import asyncio
+import io
 import ipaddress
 import json
 import sys
@@ -8,6 +9,7 @@ import time
 from collections import defaultdict
 
 import aiohttp
+import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ from aiohttp.abc import AbstractResolver
 from pipelines.addresses import ForbiddenAddress, GuardedResolver, guarded_socket
 from pipelines.config import DataConfig, DecodeConfig, EncodeConfig, FetchConfig, StreamConfig
 from pipelines.fetch import fetch_all
+from pipelines.media import read_clip
 from pipelines.prepare import prepare
 from t2v import shards
 from tests.pipelines import hostile
@@ -124,6 +127,13 @@ def test_good_rows_are_as_they_are_without_bad_ones(runs):
     for row_id, columns in alone.items():
         for here, there in zip(columns, latents[row_id], strict=True):
             np.testing.assert_array_equal(here, there)
+
+
+def test_a_cover_is_not_taken_for_the_video():
+    with av.open(io.BytesIO(hostile.covered())) as container:
+        assert container.streams.video[0].disposition & av.stream.Disposition.attached_pic
+    frames = read_clip(hostile.covered(), 16, 3.0, 32, key="a").frames
+    np.testing.assert_array_equal(frames, read_clip(hostile.clip(), 16, 3.0, 32, key="a").frames)
 
 
 def test_captions_are_kept_as_far_as_they_can_be_stored(runs):
