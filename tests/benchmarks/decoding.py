@@ -1,4 +1,4 @@
-"""Decoder processes beside threads in the same process: wall time a row of clips and of pictures, frames returned.
+"""Decoder processes beside threads in the same process: time a row of clips and of pictures, frames returned.
 
 Clips are those of decode.py (H.264 of 336 x 596, 25 fps, 30 s, a keyframe every 50 frames) -> 16 x 256 x 256 x 3;
 pictures are JPEGs of 640 x 480 -> 256 x 256 x 3. The same functions on the same files in alternating rounds, by one
@@ -54,34 +54,42 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
-def ms_a_row(
-    decode: Callable[[bytes], object], body: bytes, rows: int, threads: int, pool: ThreadPoolExecutor
-) -> float:
-    list(pool.map(decode, [body] * threads))  # processes have started
-    begun = time.perf_counter()
+def cpu_s() -> float:
+    """CPU time so far of this process and of its decoders."""
+    here = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (here, *here.children()))
+
+
+def ms_a_row(decode: Callable[[bytes], object], body: bytes, rows: int, pool: ThreadPoolExecutor) -> np.ndarray:
+    """Wall and CPU time."""
+    begun, spent = time.perf_counter(), cpu_s()
     for made in pool.map(decode, [body] * rows):
         assert isinstance(made, np.ndarray)
-    return (time.perf_counter() - begun) * 1e3 / rows
+    return np.array([time.perf_counter() - begun, cpu_s() - spent]) * 1e3 / rows
 
 
 def measure(name: str, body: bytes, rows: int, decode: Callable, empty: Callable, threads: int) -> None:
+    decoders = Decoders(DecodeConfig())
+    ways = {
+        "threads": decode,
+        "processes": lambda body: decoders.call(decode, body),
+        "processes, empty": lambda body: decoders.call(empty, body),
+    }
+    spent: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     with ThreadPoolExecutor(threads) as pool:
-        decoders = Decoders(DecodeConfig())
-        ways = {
-            "threads": decode,
-            "processes": lambda body: decoders.call(decode, body),
-            "processes, empty": lambda body: decoders.call(empty, body),
-        }
-        spent: dict[str, list[float]] = {way: [] for way in ways}
+        for call in ways.values():
+            ms_a_row(call, body, 2 * threads, pool)  # processes have started
         for _ in range(ROUNDS):
             for way, call in ways.items():
-                spent[way].append(ms_a_row(call, body, rows, threads, pool))
-        decoders.close()
-    cells = [f"{way} {median(times):8.2f} ms" for way, times in spent.items()]
-    ratio = median(spent["processes"]) / median(spent["threads"])
-    print(
-        f"{name}, {len(body) / 1e6:.2f} MB, {threads} at once   {'   '.join(cells)}   processes / threads {ratio:.2f}"
-    )
+                spent[way].append(ms_a_row(call, body, rows, pool))
+    decoders.close()
+    print(f"\n{name} of {len(body) / 1e6:.2f} MB, {threads} at once")
+    base = np.median(spent["threads"], axis=0)
+    for way, times in spent.items():
+        wall, cpu = np.median(times, axis=0)
+        print(
+            f"  {way:20s}{wall:8.2f} ms wall {wall / base[0]:6.2f} x threads{cpu:10.2f} ms CPU {cpu / base[1]:6.2f} x"
+        )
 
 
 def start_up() -> None:
@@ -101,7 +109,7 @@ def start_up() -> None:
 def main() -> None:
     print(header())
     cv2.setNumThreads(1)
-    print(f"wall time a row, medians of {ROUNDS} alternating rounds of {CLIPS} clips and of {PICTURES} pictures")
+    print(f"a row, medians of {ROUNDS} alternating rounds of {CLIPS} clips and of {PICTURES} pictures")
     start_up()
     bodies = movie(50), jpeg()
     for threads in (1, 2):
