@@ -3,6 +3,9 @@
 Each thread that decodes has one process, long-lived, bounded in time and memory, which runs functions such as
 pipelines.media's on bytes. A process that dies or overruns is replaced, and its row alone has the reason. What it
 answers is read as numbers, never unpickled, for a decoder that a file has taken over must not reach further.
+
+The pools at hand do not hold that: one death breaks concurrent.futures' for good, and the workers of pebble's share
+a pipe, so that one killed in mid-answer leaves the rows of all others waiting.
 """
 
 import argparse
