@@ -42,23 +42,23 @@ def is_allowed(address: str, allowed: Sequence[Network]) -> bool:
 
 
 class GuardedResolver(AbstractResolver):
-    """Resolves names as the system does and keeps the addresses that are allowed; ForbiddenAddress if none is."""
+    """Resolves names, as the system does, and keeps the addresses that are allowed; ForbiddenAddress if none is."""
 
-    def __init__(self, allowed: Sequence[Network]) -> None:
+    def __init__(self, allowed: Sequence[Network], names: AbstractResolver | None = None) -> None:
         self._allowed = allowed
-        self._system = ThreadedResolver()
+        self._names = names or ThreadedResolver()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = await self._system.resolve(host, port, family)
+        found = await self._names.resolve(host, port, family)
         kept = [result for result in found if is_allowed(result["host"], self._allowed)]
         if not kept:
             raise ForbiddenAddress(f"{host} is {', '.join(result['host'] for result in found)}, which is not public")
         return kept
 
     async def close(self) -> None:
-        await self._system.close()
+        await self._names.close()
 
 
 def guarded_socket(allowed: Sequence[Network]) -> Callable[[tuple], socket.socket]:

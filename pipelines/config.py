@@ -114,6 +114,19 @@ class FetchConfig:
 
 
 @dataclass
+class DecodeConfig:
+    """Bounds on the processes that decode strangers' files: seconds a row, and MiB of address space a process."""
+
+    timeout_s: float = 120.0
+    max_memory_mb: int = 4096
+
+    def __post_init__(self) -> None:
+        at_least(0.1, self, "timeout_s")
+        finite(self, "timeout_s")
+        at_least(1024, self, "max_memory_mb")  # the libraries alone take 400
+
+
+@dataclass
 class EncodeConfig:
     """The actors that decode media and hold the VAE."""
 
@@ -143,6 +156,7 @@ class DataConfig:
     videos: StreamConfig = field(default_factory=StreamConfig)
     images: StreamConfig = field(default_factory=lambda: StreamConfig(columns="laion2b-en", shard_rows=1000))
     fetch: FetchConfig = field(default_factory=FetchConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
 
     def __post_init__(self) -> None:

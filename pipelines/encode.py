@@ -1,6 +1,7 @@
 """Ray Data's second stage: one shard's downloads -> frames -> latents, ledger and summary.
 
-Decoded frames never leave the task. k clips of frames [f, y, x, 3]; c latent channels, h w latent size.
+Decoded frames never leave the task; its decoders are processes of its own, each fed by a thread.
+k clips of frames [f, y, x, 3]; c latent channels, h w latent size.
 torch and the VAE are imported where an encoder is made, so that the driver need not wait for them.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.config import DataConfig
+from pipelines.decoding import Decoders
 from pipelines.ledger import Entry, write_ledger
 from pipelines.media import Clip, MediaError, read_clip, read_image
 from pipelines.meters import Meters
@@ -54,6 +56,7 @@ class ShardEncoder:
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
         self.meters = Meters()
+        self.decoders = Decoders(data.decode)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One row, a shard with its downloads (pipelines/prepare.py) -> one row, what became of it."""
@@ -87,9 +90,11 @@ class ShardEncoder:
         try:
             if stream == "videos":
                 key = f"{self.seed}/{entry.row_id}"
-                clip = read_clip(body, data.frames, data.fps, data.size, "random", key, data.fetch.max_pixels)
+                clip = self.decoders.call(
+                    read_clip, body, data.frames, data.fps, data.size, "random", key, data.fetch.max_pixels
+                )
             else:
-                clip = Clip(read_image(body, data.size, data.fetch.max_pixels), 0.0, 0.0)
+                clip = Clip(self.decoders.call(read_image, body, data.size, data.fetch.max_pixels), 0.0, 0.0)
         except MediaError as error:
             return replace(entry, status=error.status, stage="decode", message=error.message), row["caption"], None
         return replace(entry, stage="encode"), row["caption"], clip

@@ -38,6 +38,8 @@ Status = Literal[
     "corrupt",
     "too_short",
     "too_many_pixels",
+    "decode_timeout",
+    "decoder_crashed",
 ]
 Stage = Literal["manifest", "fetch", "decode", "encode"]
 Funnel = dict[str, Counter[str]]

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import av
 import cv2
@@ -25,11 +25,13 @@ import numpy as np
 from av import VideoFrame
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipelines.ledger import Status
+if TYPE_CHECKING:  # PyArrow is not for the processes that decode
+    from pipelines.ledger import Status
 
 # No playlists (hls, concat): they make the demuxer open other files and addresses.
 _VIDEOS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,flv,asf,gif"}
@@ -41,7 +43,7 @@ _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 class MediaError(Exception):
     """A file that gives no clip or picture, and the status of its row in the ledger."""
 
-    def __init__(self, status: Status, message: str) -> None:
+    def __init__(self, status: "Status", message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
 
@@ -71,7 +73,7 @@ def read_clip(
     too_many_pixels.
     """
     source = io.BytesIO(data) if isinstance(data, bytes) else data
-    with _decoding(), av.open(source, mode="r", options=_VIDEOS) as container:
+    with _decoding(), _opened(source) as container:
         stream = _video_stream(container, max_pixels)
         span = _span(container, stream)
         slack_s = span.seconds - frames / fps
@@ -97,6 +99,10 @@ def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndar
         if image.size == whole and (pixels := _plain_jpeg(image, data)) is not None:
             return _square(pixels, size, quick=True)[None]
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise MediaError("corrupt", f"pixels of 32 bits (mode {image.mode}), of which none is known to be white")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -136,15 +142,29 @@ def _decoding() -> Iterator[None]:
         raise MediaError("not_media", "no picture of a known format") from error
     except Image.DecompressionBombError as error:
         raise MediaError("too_many_pixels", str(error)) from error
+    except MemoryError as error:
+        raise MediaError("decoder_crashed", "out of memory") from error
     except Exception as error:
         raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
+def _opened(source: io.BytesIO | str) -> InputContainer:
+    try:
+        return av.open(source, mode="r", options=_VIDEOS)
+    except av.error.ArgumentError as error:  # a format that is known, and not on the list
+        raise MediaError("not_media", "no video of a known format") from error
+
+
 def _video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
-    if not container.streams.video:
-        raise MediaError("not_media", f"no video in this {container.format.name} file")
-    stream = container.streams.video[0]
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not videos:
+        other = container.streams.audio or container.streams.subtitles  # or the header is cut before it tells
+        raise MediaError("not_media" if other else "corrupt", f"no video in this {container.format.name} file")
+    stream = videos[0]
+    if not stream.codec_context:
+        raise MediaError("corrupt", "the header does not say how the video is encoded")
     _check_pixels(stream.width, stream.height, max_pixels)
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # of frames that are larger than the header says
     stream.codec_context.thread_count = 1  # frame threads cost more than they give; clips run side by side instead
     return stream
 

@@ -318,6 +318,40 @@ def test_a_picture_is_turned_upright():
     assert frames[0, 32, 8, 0] > 200
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(orientation):
+    upright = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    upright.paste(RED, (16, 0, 48, 32))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that undo those of showing
+    stored = upright.transpose(back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(
+        read_image(saved(stored, "PNG", exif=exif), 64), read_image(saved(upright, "PNG"), 64)
+    )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_shown_as_eight(kind):
+    grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    frames = read_image(saved(Image.fromarray(grey + 77), kind), 16)
+    np.testing.assert_array_equal(frames[0], np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_pixels_without_a_known_white_are_refused():
+    for mode in ("I", "F"):
+        with pytest.raises(MediaError, match="32 bits"):
+            read_image(saved(Image.new(mode, (64, 64), 9), "TIFF"), 64)
+
+
+def test_frames_that_are_larger_than_the_header_says_are_not_decoded():
+    small = encode(evenly(8, 4), "mpegts", rate=8)
+    large = encode([4 + time for time in evenly(8, 4)], "mpegts", rate=8, size=(640, 960))
+    assert read_clip(small + large, 16, 3.0, 16, key="a").frames.shape == (16, 16, 16, 3)
+    with pytest.raises(MediaError):
+        read_clip(small + large, 16, 3.0, 16, key="a", max_pixels=100_000)
+
+
 def test_what_is_transparent_is_white():
     clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     palette = Image.new("P", (64, 64), 0)
