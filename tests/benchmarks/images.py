@@ -210,9 +210,7 @@ def main() -> None:
 
 def report(folder: Path, spent: dict[str, list[float]]) -> None:
     kilobytes = mean(path.stat().st_size for path in (folder / "corpus").iterdir()) / 1e3
-    print(
-        f"\n{PICTURES} pictures of {mean(files) / 1e3:.0f} kB, medians of {ROUNDS} alternating rounds of CPU time; the server's time is not counted"
-    )
+    print(f"\n{PICTURES} pictures of {kilobytes:.0f} kB; medians of {ROUNDS} alternating rounds of CPU time")
     ours = median(spent["this code"])
     wanted = {index: reference(folder / "corpus" / f"{index:05d}.jpg") for index in range(0, PICTURES, 3)}
     for side, seconds in spent.items():
