@@ -81,9 +81,12 @@ class Fetcher:
         return self._runner.run(fetch_all(self._session, urls, self._config))
 
     def close(self) -> None:
-        """Close the connections."""
-        self._runner.run(self._session.close())
-        self._runner.close()
+        """Close the connections; also done when an actor lets go of it."""
+        if not self._session.closed:
+            self._runner.run(self._session.close())
+            self._runner.close()
+
+    __del__ = close
 
 
 async def fetch_all(session: aiohttp.ClientSession, urls: Sequence[str], config: FetchConfig) -> list[Fetched]:

@@ -87,10 +87,10 @@ def _number(text: str) -> float:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Errors of parsing (Arrow's and JSON's are ValueErrors) get the name of the file."""
+    """Errors of parsing (Arrow's and JSON's are ValueErrors; JSON may nest too deep) get the name of the file."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -126,7 +126,8 @@ def _json_object(line: bytes) -> dict:
 
 
 def _json_text(value: object) -> str:
-    return "" if value is None else str(value)
+    """Without the lone surrogates that JSON can spell, which no file can hold."""
+    return "" if value is None else str(value).encode(errors="replace").decode()
 
 
 def _csv_names(delimiter: str, path: str) -> list[str]:

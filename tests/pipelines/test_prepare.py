@@ -70,6 +70,7 @@ def prepared(ray_session, corpus, vae, tmp_path_factory):
     images = pq.read_table(corpus.folder / "laion.parquet").to_pylist()
     data = DataConfig(
         size=32,
+        raw="webdataset",
         videos=StreamConfig(str(run_dir / "webvid.csv"), "webvid", shard_rows=16),
         images=StreamConfig(str(corpus.folder / "laion.parquet"), "laion2b-en", shard_rows=40),
         fetch=FetchConfig(timeout_s=2, retries=1, allow_networks=["127.0.0.0/8"]),
@@ -259,6 +260,21 @@ def test_filtered_rows_and_duplicates_are_in_the_ledger_and_never_fetched(prepar
     assert [entry.stage for entry in entries] == ["encode"] + ["manifest"] * 11
     assert all(entry.message and not entry.bytes and not entry.seconds for entry in entries[1:])
     assert list(latents(run, "images")) == [entries[0].row_id]
+
+
+def test_tars_that_were_kept_give_the_same_latents_without_a_download(prepared, tmp_path):
+    kept = replace(prepared.data.images, manifest=str(prepared.run_dir / "data/raw/images"))
+    data = replace(prepared.data, videos=StreamConfig(), images=kept, fetch=FetchConfig())  # which may reach nothing
+    funnel = prepare(str(tmp_path), data, prepared.vae, SEED)
+    before, after = (
+        sorted((rows.caption[index], rows.mean[index].tolist()) for _, rows, index in latents(one, "images").values())
+        for one in (prepared, replace(prepared, run_dir=tmp_path))
+    )
+    assert [caption for caption, _ in after] == [caption for caption, _ in before]
+    np.testing.assert_allclose([mean for _, mean in after], [mean for _, mean in before], atol=2e-3)  # other batches
+    decoded = [entry for entry in ledger(prepared, "images") if entry.stage != "fetch"]
+    assert funnel["images"].total() == len(decoded) > funnel["images"]["ok"]
+    assert not (tmp_path / "data/raw").exists()
 
 
 def test_a_broken_vae_stops_the_encoder_before_its_first_row(prepared, tmp_path):
