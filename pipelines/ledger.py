@@ -28,8 +28,14 @@ Status = Literal[
     "corrupt",
     "too_short",
     "too_many_pixels",
+    "filtered_cuts",
+    "filtered_static",
+    "filtered_motion",
+    "filtered_nsfw",
+    "filtered_score",
+    "filtered_duplicate",
 ]
-Stage = Literal["fetch", "decode", "encode"]
+Stage = Literal["fetch", "decode", "filter", "encode"]
 Funnel = dict[str, Counter[str]]
 
 SCHEMA = pa.schema(

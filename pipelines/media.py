@@ -15,7 +15,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, NoReturn
 
@@ -70,18 +70,69 @@ def read_clip(
     uniform over all that fit and drawn from `key`, or the middle one. MediaError: not_media, corrupt, too_short,
     too_many_pixels.
     """
-    source = io.BytesIO(data) if isinstance(data, bytes) else data
-    with _decoding(), av.open(source, mode="r", options=_VIDEOS) as container:
-        stream = _video_stream(container, max_pixels)
-        span = _span(container, stream)
-        slack_s = span.seconds - frames / fps
-        if slack_s < -1e-3:
-            _refuse_short(span, stream, frames / fps)
+    with open_video(data, max_pixels) as video:
         part = random.Random(key).random() if start == "random" else 0.5
-        start_s = part * max(slack_s, 0)
-        ticks = [span.first + math.floor((start_s + index / fps) / span.tick_s + 1e-6) for index in range(frames)]
-        squares = _planned(container, stream, span, ticks, size) or _seen(container, stream, span, ticks, size)
-        return Clip(np.stack(squares), float(stream.average_rate or 0), start_s)
+        return video.clip(part * video.slack_s(frames / fps), frames, fps, size)
+
+
+@dataclass(frozen=True)
+class Video:
+    """An open video whose packets have been scanned, once for all clips that are cut out of it."""
+
+    container: InputContainer
+    stream: VideoStream
+    span: "_Span"
+
+    @property
+    def seconds(self) -> float:
+        return self.span.seconds
+
+    def slack_s(self, wanted_s: float) -> float:
+        """How much longer it is than wanted. MediaError: too_short, or corrupt if it was announced to be longer."""
+        slack_s = self.seconds - wanted_s
+        if slack_s < -1e-3:
+            _refuse_short(self.span, self.stream, wanted_s)
+        return max(slack_s, 0)
+
+    def clip(self, start_s: float, frames: int, fps: float, size: int) -> Clip:
+        """The window that begins at `start_s`, decoding no more than it needs. MediaError: corrupt."""
+        ticks = self._ticks(start_s, frames, fps)
+        with _decoding():
+            squares = _planned(self.container, self.stream, self.span, ticks, size)
+            squares = squares or _seen(self.container, self.stream, self.span, ticks, size)
+        return Clip(np.stack(squares), float(self.stream.average_rate or 0), start_s)
+
+    def watched_clip(self, start_s: float, frames: int, fps: float, size: int) -> "tuple[Clip, Watched]":
+        """The same, and every frame from the first wanted one to the last, none left out: small and uncropped."""
+        ticks, watched = self._ticks(start_s, frames, fps), Watched()
+        with _decoding():
+            squares = _seen(self.container, self.stream, self.span, ticks, size, watched)
+        return Clip(np.stack(squares), float(self.stream.average_rate or 0), start_s), watched
+
+    def _ticks(self, start_s: float, frames: int, fps: float) -> list[int]:
+        first, tick_s = self.span.first, self.span.tick_s
+        return [first + math.floor((start_s + index / fps) / tick_s + 1e-6) for index in range(frames)]
+
+
+@dataclass
+class Watched:
+    """Frames uint8 [27, 48, 3], the whole of each, and the seconds into the video at which they are first shown."""
+
+    frames: list[np.ndarray] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def open_video(data: bytes | str, max_pixels: int = 100_000_000) -> Iterator[Video]:
+    """Open a video, given as bytes or path, and scan its packets. MediaError: not_media, corrupt, too_many_pixels."""
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    with _decoding():
+        container = av.open(source, mode="r", options=_VIDEOS)
+    with container:
+        with _decoding():
+            stream = _video_stream(container, max_pixels)
+            span = _span(container, stream)
+        yield Video(container, stream, span)
 
 
 def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndarray:
@@ -256,17 +307,44 @@ def _unit_headers(data: bytes, header: bytes) -> list[int]:
     return units if position == len(data) else []
 
 
-def _seen(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int], size: int) -> list[np.ndarray]:
+def _seen(
+    container: InputContainer,
+    stream: VideoStream,
+    span: _Span,
+    ticks: list[int],
+    size: int,
+    watched: Watched | None = None,
+) -> list[np.ndarray]:
     """The squares shown at `ticks`, by decoding all frames from the keyframe before on."""
     converter = VideoReformatter()
-    return [_square(_rgb(frame, converter), size) for frame in _shown(container, stream, span, ticks)]
+    frames = _decoded_from(container, stream, span, ticks[0])
+    if watched is not None:
+        frames = _watching(frames, span, ticks, watched)
+    return [_square(_rgb(frame, converter), size) for frame in _shown(frames, span, ticks)]
 
 
-def _shown(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int]) -> Iterator[VideoFrame]:
-    """For each of the rising `ticks` the frame shown then, the last that is not later."""
+def _watching(
+    frames: Iterator[tuple[int, VideoFrame]], span: _Span, ticks: list[int], watched: Watched
+) -> Iterator[tuple[int, VideoFrame]]:
+    """The same frames; those that are shown from the first of `ticks` to the last are noted as they pass."""
+    converter = VideoReformatter()
+    passed: list[tuple[int, VideoFrame]] = []
+    for time, frame in frames:
+        passed = [*(passed if time > ticks[0] else []), (time, frame)]
+        if ticks[0] < time <= ticks[-1]:
+            for shown_at, shown in passed:
+                small = converter.reformat(shown, 48, 27, "rgb24", interpolation="AREA", threads=1)
+                watched.frames.append(small.to_ndarray())
+                watched.times_s.append((shown_at - span.first) * span.tick_s)
+            passed = []
+        yield time, frame
+
+
+def _shown(frames: Iterator[tuple[int, VideoFrame]], span: _Span, ticks: list[int]) -> Iterator[VideoFrame]:
+    """For each of the rising `ticks` the one of `frames` shown then, the last that is not later."""
     position = 0
     shown, shown_at = None, span.first
-    for time, frame in _decoded_from(container, stream, span, ticks[0]):
+    for time, frame in frames:
         while shown is not None and time > ticks[position]:
             yield shown
             position += 1

@@ -9,12 +9,12 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.config import DataConfig, FetchConfig, StreamConfig
+from pipelines.config import ClipFilters, DataConfig, FetchConfig, StreamConfig
 from pipelines.fetch import fetch_all
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, normalise, read_shard
@@ -56,6 +56,10 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     touched, and with nothing to do it is not touched at all.
     """
     encoder = encoder_id(vae_path)
+    if data.filters != ClipFilters():
+        from pipelines.filters import check_filters
+
+        check_filters(data.filters)
     data_dir = storage.join(storage.absolute(run_dir), "data")
     plans = _plans(data_dir, data, encoder, seed)
     tasks = [task for plan in plans for task in plan.missing(data_dir)]
@@ -154,12 +158,17 @@ def _settings_hash(stream: Stream, data: DataConfig, encoder: str, seed: int) ->
     }
     if stream == "videos":
         settings |= {"frames": data.frames, "fps": data.fps, "seed": seed}
+        if data.windows > 1:
+            settings["windows"] = data.windows
+    if data.filters != ClipFilters():
+        settings["filters"] = asdict(data.filters)
     return digest_of(settings, digits=12)
 
 
 def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:
     """Check that every shard is there; write the index for training and the funnel."""
     funnel: Funnel = {}
+    samples: dict[str, int] = {}
     for plan in plans:
         done = read_done(data_dir, plan.stream, plan.names)
         if len(done) < len(plan.names):
@@ -170,13 +179,22 @@ def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:
             for name, one in zip(plan.names, done, strict=True)
         ]
         write_index(folder, made)
+        samples[plan.stream] = sum(shard.rows for shard in made)
         funnel[plan.stream] = sum((Counter(one["status"]) for one in done), Counter())
     storage.write_json(
         storage.join(data_dir, "funnel.json"),
         {
-            stream: {"rows": statuses.total(), "status": statuses, "yield_percent": yield_percent(statuses)}
+            stream: {
+                "rows": statuses.total(),
+                "status": statuses,
+                "yield_percent": yield_percent(statuses),
+                "samples": samples[stream],
+            }
             for stream, statuses in funnel.items()
         },
     )
     print(funnel_text(funnel), flush=True)
+    for stream, statuses in funnel.items():
+        if samples[stream] != statuses["ok"]:
+            print(f"{stream}: {samples[stream]:,} samples came of {statuses['ok']:,} rows", flush=True)
     return funnel
