@@ -66,6 +66,8 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     total = sum(len(plan.names) for plan in plans)
     print(f"[prepare_data] {total - len(tasks)}/{total} shards are done already", flush=True)
     if tasks:
+        for stream in {task["stream"] for task in tasks}:
+            storage.remove(storage.join(data_dir, "duplicates", f"{stream}.json"))  # its shards are to be compared anew
         settings = {
             "data_dir": data_dir,
             "data": data,
@@ -77,6 +79,11 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
         for done, made in enumerate(_make(tasks, data, settings), start=total - len(tasks) + 1):
             rows, ok = rows + made["rows"], ok + made["ok"]
             print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
+    if data.filters.duplicates_across and data.filters.duplicate_bits is not None:
+        from pipelines.twins import drop_twins
+
+        for plan in plans:
+            drop_twins(data_dir, plan.stream, plan.names, data.filters.duplicate_bits)
     return _finish(data_dir, plans)
 
 

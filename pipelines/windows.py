@@ -35,3 +35,9 @@ class Places:
 def sample_id(row_id: str, window: int) -> str:
     """The row_id of a window in the latent shards: the first one's is its row's own."""
     return f"{row_id}+{window}" if window else row_id
+
+
+def row_id_of(sample: str) -> str:
+    """The row that a sample of the latent shards came of."""
+    row_id, plus, window = sample.rpartition("+")
+    return row_id if plus and window.isdecimal() else sample

@@ -9,7 +9,7 @@ n rows, c channels, f frames, h w latent size (pixels / 8).
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -170,6 +170,33 @@ def read_rows(shard: str | ShardFile, group: int) -> Rows:
         logvar=_unpacked(table.column("logvar"), shard.info) if has_variance else None,
         fps=table.column("fps").to_numpy(),
         start_s=table.column("start_s").to_numpy(),
+    )
+
+
+def drop_rows(path: str, unwanted: Callable[[str], bool]) -> Shard:
+    """Write a shard anew, atomically, without the rows whose row_id is unwanted."""
+    old = open_shard(path)
+    groups = [read_rows(old, group) for group in range(old.parquet.num_row_groups)]
+    kept = [[index for index, row_id in enumerate(rows.row_id) if not unwanted(row_id)] for rows in groups]
+    parts = [(rows, indices) for rows, indices in zip(groups, kept, strict=True) if indices]
+
+    def column(name: str) -> list:
+        return [getattr(rows, name)[index] for rows, indices in parts for index in indices]
+
+    def latents(name: str) -> np.ndarray:
+        empty = np.empty((0, *old.info.shape), old.info.dtype)
+        return np.concatenate([empty, *(getattr(rows, name)[indices] for rows, indices in parts)])
+
+    has_variance = "logvar" in old.parquet.schema_arrow.names
+    return write_shard(
+        path,
+        old.info,
+        row_id=column("row_id"),
+        caption=column("caption"),
+        mean=latents("mean"),
+        logvar=latents("logvar") if has_variance else None,
+        fps=column("fps"),
+        start_s=column("start_s"),
     )
 
 

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from pipelines.config import ClipFilters, CorpusConfig, DataConfig, EncodeConfig, FetchConfig, StreamConfig
-from pipelines.duplicates import Seen, perceptual_hash
+from pipelines.duplicates import Seen, perceptual_hash, write_hashes
 from pipelines.filters import Selection
 from pipelines.ledger import Entry
 from pipelines.prepare import prepare
 from pipelines.shapes import draw_scene, render
+from pipelines.twins import find_twins
 from t2v import shards
 from tests.pipelines.conftest import real_clip
 
@@ -137,3 +138,57 @@ def test_copies_in_a_shard_are_rows_of_the_ledger(ray_session, copies, tiny_mode
     assert {entries[row].stage for row in refused} == {"filter"}
     assert funnel["images"] == {"ok": 24 - len(copy_of), "filtered_duplicate": len(copy_of)}
     assert [caption for _, caption in stored(tmp_path)] == [f"picture {row}" for row in range(24) if row not in refused]
+
+
+def written_hashes(folder, hashes, shard_rows):
+    paths = []
+    for start in range(0, len(hashes), shard_rows):
+        part = Seen(0)
+        part.hashes = hashes[start : start + shard_rows]
+        part.row_ids = [str(start + row) for row in range(len(part.hashes))]
+        paths.append(str(folder / f"{start:06d}.parquet"))
+        write_hashes(paths[-1], part)
+    return paths
+
+
+@pytest.mark.parametrize("max_bits", [0, 3, 8])
+def test_the_pass_over_all_shards_finds_what_comparing_every_pair_finds(ray_session, tmp_path, max_bits):
+    numbers = np.random.default_rng(max_bits)
+    hashes = numbers.integers(0, 2**64, (1500, 2), np.uint64, endpoint=False)
+    for row in numbers.permutation(1500)[:900]:  # copies of copies, some bits changed
+        flips = numbers.choice(64, numbers.integers(0, max_bits + 3), replace=False)
+        change = np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64), initial=np.uint64(0))
+        hashes[row] = hashes[numbers.integers(1500)] ^ np.array([change, change & hashes[0, 0]])
+    hashes[numbers.permutation(1500)[:40]] = hashes[0]
+    twins = find_twins(written_hashes(tmp_path, hashes, 400), max_bits)
+    seen = Seen(max_bits)
+    expected = {row for row in range(1500) if seen.twin(str(row), tuple(map(int, hashes[row]))) is not None}
+    number = {row: (row // 400 << 32) + row % 400 for row in range(1500)}
+    assert set(twins) == {number[row] for row in expected}
+    assert len(expected) > 200
+    row_of = {order: row for row, order in number.items()}
+    for row, kept in ((row_of[row], row_of[kept]) for row, kept in twins.items()):
+        assert kept < row and kept not in expected
+        assert np.bitwise_count(hashes[row] ^ hashes[kept]).max() <= max_bits
+
+
+def test_copies_in_other_shards_leave_shards_ledger_and_index(ray_session, copies, tiny_model, tmp_path):
+    manifest, copy_of = copies
+    funnel, data = run(tmp_path, manifest, tiny_model, shard_rows=5, duplicates_across=True)
+    entries = statuses(tmp_path)
+    refused = {row for row, entry in entries.items() if entry.status == "filtered_duplicate"}
+    assert refused == set(copy_of)
+    assert entries[20].message == entries[11].message == f"like row {entries[2].row_id}"
+    assert funnel["images"] == {"ok": 24 - len(copy_of), "filtered_duplicate": len(copy_of)}
+    rows = stored(tmp_path)
+    assert [caption for _, caption in rows] == [f"picture {row}" for row in range(24) if row not in refused]
+    assert [row_id for row_id, _ in rows] == [entries[row].row_id for row in range(24) if row not in refused]
+
+    files = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.*") if path.is_file()}
+    assert prepare(str(tmp_path), data, f"{tiny_model}/vae", 0) == funnel
+    lost = sorted((tmp_path / "data/done/images").iterdir())[2]
+    lost.unlink()  # as if the run had been cut off: its shard comes back whole and must lose its copies again
+    assert prepare(str(tmp_path), data, f"{tiny_model}/vae", 0) == funnel
+    untimed = {path for path in files if path != lost and "ledger" not in path.parts}
+    assert {path for path in untimed if path.read_bytes() != files[path]} == set()
+    assert stored(tmp_path) == rows

@@ -5,14 +5,19 @@ from itertools import combinations, pairwise
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.config import ClipFilters, DataConfig
-from pipelines.filters import NsfwNetwork, Selection, check_filters, motion
-from pipelines.media import MediaError, read_clip
+from pipelines.config import ClipFilters, DataConfig, EncodeConfig, FetchConfig, StreamConfig
+from pipelines.filters import CutNetwork, NsfwNetwork, Selection, check_filters, motion
+from pipelines.ledger import Entry
+from pipelines.media import MediaError, open_video, read_clip
+from pipelines.prepare import _settings_hash, prepare
 from pipelines.shapes import Scene, render
-from pipelines.windows import Places
+from pipelines.web import serve
+from pipelines.windows import Places, row_id_of
+from t2v import shards, storage
 from tests.pipelines.conftest import real_clip
 from tests.pipelines.test_media import encode, evenly, x264
 
@@ -73,8 +78,6 @@ def test_windows_of_a_video_do_not_overlap_and_the_first_is_as_without_others(so
 
 def read_at(data, start_s):
     """A window decoded by itself, from a file that is opened for it alone."""
-    from pipelines.media import open_video
-
     with open_video(data) as video:
         return video.clip(start_s, 16, 3.0, 64).frames
 
@@ -154,9 +157,6 @@ def test_windows_of_a_real_clip_have_no_cut_inside():
 
 
 def test_every_cut_of_a_film_is_found_and_none_where_there_is_none():
-    from pipelines.filters import CutNetwork
-    from pipelines.media import open_video
-
     network = CutNetwork()
     found = {}
     for name in ("bikes.mp4", "carphone_pristine.mp4"):
@@ -169,8 +169,6 @@ def test_every_cut_of_a_film_is_found_and_none_where_there_is_none():
 
 
 def read_at_length(name, frames):
-    from pipelines.media import open_video
-
     with open_video(str(real_clip(name))) as video:
         return video.clip(0, frames, 3.0, 64).frames
 
@@ -242,3 +240,59 @@ def test_a_picture_is_refused_above_the_greatest_nsfw_score():
             with pytest.raises(MediaError) as refusal:
                 selection.picture(file.getvalue())
             assert refusal.value.status == "filtered_nsfw"
+
+
+@pytest.fixture
+def prepared(ray_session, tmp_path, tiny_model):
+    """A run over four served videos, up to three windows of each: long, half black, still, and too short."""
+    videos = {
+        "long": SOURCES["h264"],
+        "half": blackened(SOURCES["h264"], 12),
+        "still": moving(0),
+        "short": encode(evenly(25, 4), options=x264(50)),
+    }
+    data = DataConfig(
+        size=32,
+        windows=3,
+        videos=StreamConfig(str(tmp_path / "manifest.csv"), "generic"),
+        fetch=FetchConfig(allow_networks=["127.0.0.0/8"]),
+        encode=EncodeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=1),
+        filters=ClipFilters(min_motion=10),
+    )
+    with serve(tmp_path) as base_url:
+        lines = ["url,caption", *(f"{base_url}/{name}.mp4,{name}" for name in videos)]
+        (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+        for name, content in videos.items():
+            (tmp_path / f"{name}.mp4").write_bytes(content)
+        prepare(str(tmp_path / "run"), data, f"{tiny_model}/vae", 0)
+    return tmp_path / "run/data", data, videos
+
+
+def test_a_row_gives_several_samples_and_stays_one_row_of_the_ledger(prepared):
+    folder, data, videos = prepared
+    entries = [Entry(**row) for row in pq.read_table(folder / "ledger/videos").to_pylist()]
+    assert [(entry.status, entry.stage) for entry in entries] == [
+        ("ok", "encode"),
+        ("ok", "encode"),
+        ("filtered_static", "filter"),
+        ("too_short", "decode"),
+    ]
+    expected = []
+    for entry, content in zip(entries[:2], list(videos.values())[:2], strict=True):
+        for number, clip in Selection(data).video(content, f"0/{entry.row_id}").clips.items():
+            expected.append((f"{entry.row_id}+{number}" if number else entry.row_id, np.float32(clip.start_s)))
+    (shard,) = shards.list_shards(str(folder / "latents/videos"))
+    rows = shards.read_rows(shard.path, 0)
+    assert list(zip(rows.row_id, rows.start_s, strict=True)) == expected
+    assert {row_id_of(sample) for sample in rows.row_id} == {entry.row_id for entry in entries[:2]}
+    funnel = storage.read_json(str(folder / "funnel.json"))["videos"]
+    assert (funnel["rows"], funnel["status"]["ok"], funnel["samples"]) == (4, 2, len(expected))
+    assert len(expected) > 3
+
+
+def test_filters_name_their_shards_and_none_leaves_the_names_as_they_were():
+    plain = _settings_hash("videos", DataConfig(), "encoder", 0)
+    assert plain == "8dea49687b54"
+    others = [DataConfig(windows=2), DataConfig(filters=ClipFilters(min_motion=1))]
+    assert len({plain, *(_settings_hash("videos", data, "encoder", 0) for data in others)}) == 3
+    assert _settings_hash("images", others[0], "encoder", 0) == _settings_hash("images", DataConfig(), "encoder", 0)
