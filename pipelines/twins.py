@@ -78,7 +78,7 @@ def find_twins(paths: Sequence[str], max_bits: int) -> dict[int, int]:
             near[row].add(earlier)
     twins: dict[int, int] = {}
     for row in sorted(near):
-        if kept := near[row] - twins.keys():
+        if kept := [earlier for earlier in near[row] if earlier not in twins]:
             twins[row] = min(kept)
     return twins | {row: twins.get(earlier, earlier) for row, earlier in copies.items()}
 
