@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.columns import column_map
-from t2v.bounds import above_zero, at_least, finite
+from t2v.bounds import above_zero, at_least, finite, fraction
 
 
 @dataclass
@@ -142,10 +142,52 @@ class EncodeConfig:
 
 
 @dataclass
+class ClipFilters:
+    """What a decoded clip or picture must be like to be kept; None, 0 or false leaves a filter off.
+
+    A window with a shot cut inside, which TransNetV2 is sure of by `cut_probability`, is refused, and up to `cut_tries`
+    other places of its video are tried. It looks at every frame of a window (seconds on a CPU), or only at windows in
+    which two successive frames differ by `cut_screen` levels of 255: 8 passes over dissolves, but finds hard cuts.
+    Motion is the mean difference of a clip's successive frames in levels of 255. `max_nsfw` bounds Open-NSFW's
+    probability. `scorer` names a function of installed code, "module:function", from frames uint8 [f, y, x, 3] to a
+    number, of which `max_score` is the greatest allowed. Near duplicates of an earlier row have perceptual hashes that
+    differ from its own by at most `duplicate_bits` of 64 bits, within a shard or, by a second pass, across all shards.
+    """
+
+    cut_free: bool = False
+    cut_probability: float = 0.5
+    cut_tries: int = 4
+    cut_screen: float = 0.0
+    min_motion: float = 0.0
+    max_motion: float | None = None
+    max_nsfw: float | None = None
+    scorer: str | None = None
+    max_score: float = 0.5
+    duplicate_bits: int | None = None
+    duplicates_across: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "cut_tries", "cut_screen", "min_motion", "max_motion", "max_nsfw", "duplicate_bits")
+        fraction(self, "cut_probability")
+        finite(self, "max_score")
+        if self.max_motion is not None and self.max_motion < self.min_motion:
+            raise ValueError(f"max_motion: {self.max_motion} is below min_motion, {self.min_motion}")
+        if self.duplicate_bits is not None and self.duplicate_bits > 16:
+            raise ValueError(
+                f"duplicate_bits: {self.duplicate_bits} of 64 is more than 16: unlike pictures would match"
+            )
+        if self.duplicates_across and self.duplicate_bits is None:
+            raise ValueError("duplicates_across: true, but duplicate_bits is not set")
+        if self.scorer is not None and not all(self.scorer.partition(":")):
+            raise ValueError(f"scorer: {self.scorer!r} is not written like 'module:function'")
+
+
+@dataclass
 class DataConfig:
     """From URL lists to latent shards: the middle square, 16 frames at 3 fps (paper 4.1.1).
 
     `raw` may keep what is downloaded, as it came, in WebDataset tars.
+    Of each video up to `windows` windows are taken that do not overlap.
     """
 
     size: int = 256
@@ -158,11 +200,13 @@ class DataConfig:
     fetch: FetchConfig = field(default_factory=FetchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
+    windows: int = 1
+    filters: ClipFilters = field(default_factory=ClipFilters)
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
             raise ValueError(f"size: {self.size} is no multiple of 8, the VAE's downsampling")
-        at_least(1, self, "frames")
+        at_least(1, self, "frames", "windows")
         above_zero(self, "fps")
         finite(self, "fps")
 

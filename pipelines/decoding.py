@@ -30,7 +30,10 @@ import numpy as np
 
 from pipelines.config import DecodeConfig
 from pipelines.media import Clip, MediaError
+from pipelines.windows import Windows
 
+Made = Clip | Windows | np.ndarray  # what functions in a decoder process may give: numbers, and arrays of uint8
+_KINDS: dict[str, Callable[..., Made]] = {"Clip": Clip, "Windows": Windows, "ndarray": lambda frames: frames}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # each thread would reserve address space
@@ -49,7 +52,7 @@ class Decoders:
         self._mine = threading.local()
         self._all: set[_Decoder] = set()
 
-    def call(self, function: Callable[..., Clip | np.ndarray], body: bytes, *arguments: object) -> Any:
+    def call(self, function: Callable[..., Made], body: bytes, *arguments: object) -> Any:
         """`function(body, *arguments)` in this thread's process: a function of a module, arguments that JSON can hold.
 
         MediaError: what `function` says of the file, decode_timeout, decoder_crashed. RuntimeError where no process
@@ -101,15 +104,18 @@ class _Decoder:
             raise RuntimeError(f"no decoder process starts ({self.end()}); its own message is above") from None
         _limit_waiting(self.connection.fileno(), config.timeout_s)
 
-    def call(self, function: str, body: bytes, arguments: tuple[object, ...]) -> Clip | np.ndarray:
+    def call(self, function: str, body: bytes, arguments: tuple[object, ...]) -> Made:
         try:
             self.connection.send_bytes(json.dumps([function, arguments]).encode())
             self.connection.send_bytes(body)
             answer = json.loads(self.connection.recv_bytes(self.max_bytes))
             if "status" in answer:
                 raise MediaError(answer["status"], answer["message"])
-            frames = np.frombuffer(self.connection.recv_bytes(self.max_bytes), np.uint8).reshape(answer.pop("shape"))
-            return Clip(frames, **answer) if answer else frames
+            arrays = {
+                name: np.frombuffer(self.connection.recv_bytes(self.max_bytes), np.uint8).reshape(shape)
+                for name, shape in answer["shapes"].items()
+            }
+            return _KINDS[answer["kind"]](**answer["facts"], **arrays)
         except BlockingIOError:
             self.process.kill()
             self.end()
@@ -163,10 +169,13 @@ def _serve(connection: Connection) -> None:
         except MediaError as error:
             connection.send_bytes(json.dumps({"status": error.status, "message": error.message}).encode())
             continue
-        facts = {} if isinstance(made, np.ndarray) else dict(vars(made))
-        frames = np.ascontiguousarray(facts.pop("frames", made))
-        connection.send_bytes(json.dumps(facts | {"shape": frames.shape}).encode())
-        connection.send_bytes(frames.reshape(-1).data)
+        facts = {"frames": made} if isinstance(made, np.ndarray) else dict(vars(made))
+        arrays = {name: np.ascontiguousarray(value) for name, value in facts.items() if isinstance(value, np.ndarray)}
+        facts = {name: value for name, value in facts.items() if name not in arrays}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        connection.send_bytes(json.dumps({"kind": type(made).__name__, "facts": facts, "shapes": shapes}).encode())
+        for array in arrays.values():
+            connection.send_bytes(array.reshape(-1).data)
 
 
 if __name__ == "__main__":

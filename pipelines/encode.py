@@ -11,19 +11,29 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.config import DataConfig
 from pipelines.decoding import Decoders
-from pipelines.ledger import Entry, write_ledger
-from pipelines.media import Clip, MediaError, read_clip, read_image
+from pipelines.filters import Kept, Selection
+from pipelines.ledger import Entry, Stage, write_ledger
+from pipelines.likeness import Seen, hashes_path, write_hashes
+from pipelines.media import Clip, MediaError
 from pipelines.meters import Meters
+from pipelines.windows import sample_id
 from t2v import shards, storage
 from t2v.shards import LatentInfo
 
-Decoded = tuple[Entry, str, Clip | None]  # how a row ended, its caption, and its frames if it is ok
+
+class Decoded(NamedTuple):
+    """How a row ended, its caption, and what is kept of it if it is ok."""
+
+    entry: Entry
+    caption: str
+    kept: Kept | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class ShardEncoder:
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
         self.meters = Meters()
-        self.decoders = Decoders(data.decode)
+        self.selection = Selection(data, Decoders(data.decode), device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One row, a shard with its downloads (pipelines/prepare.py) -> one row, what became of it."""
@@ -64,40 +74,50 @@ class ShardEncoder:
         (task,) = batch.drop_columns(["downloads"]).to_pylist()
         downloads = pa.ipc.open_stream(batch.column("downloads")[0].as_buffer()).read_all()
         frames = self.data.frames if task["stream"] == "videos" else 1
-        at_once = max(1, self.data.encode.batch_frames // frames)
+        at_once = max(1, self.data.encode.batch_frames // (frames * self.data.windows))
 
         entries: list[Entry] = []
         kept: list[_Row] = []
+        seen = Seen(self.data.filters.duplicate_bits or 0)
         decoded = _in_order(
             self.pool, lambda row: self._decode(task["stream"], row), _rows(downloads), 2 * self.threads
         )
-        while group := list(islice(decoded, at_once)):
-            entries += [entry for entry, _, _ in group]
-            kept += self._encode([(entry.row_id, caption, clip) for entry, caption, clip in group if clip])
+        unlike = _unlike(decoded, seen)
+        while group := list(islice(unlike, at_once)):
+            entries += [row.entry for row in group]
+            kept += self._encode(
+                [
+                    (sample_id(row.entry.row_id, window), row.caption, clip)
+                    for row in group
+                    if row.kept
+                    for window, clip in row.kept.clips.items()
+                ]
+            )
 
         if len(entries) != task["rows"]:
             raise RuntimeError(f"shard {task['name']}: {task['rows']} rows in, {len(entries)} in its ledger")
         shape = (self.channels, frames, self.height, self.width)
+        if self.data.filters.duplicate_bits is not None:
+            write_hashes(hashes_path(self.data_dir, task["stream"], task["name"]), seen)
         info = LatentInfo(task["stream"], shape, self.vae.id, self.vae.scale, task["data_hash"])
         self._commit(task, info, entries, kept, time.monotonic() - begun)
-        return pa.table({"stream": [task["stream"]], "rows": [len(entries)], "ok": [len(kept)]})
+        ok = sum(entry.status == "ok" for entry in entries)
+        return pa.table({"stream": [task["stream"]], "rows": [len(entries)], "ok": [ok]})
 
     def _decode(self, stream: str, row: dict) -> Decoded:
-        body, data = row["body"], self.data
+        body, caption = row["body"], row["caption"]
         entry = Entry(row["row_id"], row["url"], row["status"], row["stage"], row["message"], len(body), row["seconds"])
         if entry.status != "ok":
-            return entry, row["caption"], None
+            return Decoded(entry, caption, None)
         try:
             if stream == "videos":
-                key = f"{self.seed}/{entry.row_id}"
-                clip = self.decoders.call(
-                    read_clip, body, data.frames, data.fps, data.size, "random", key, data.fetch.max_pixels
-                )
+                kept = self.selection.video(body, f"{self.seed}/{entry.row_id}")
             else:
-                clip = Clip(self.decoders.call(read_image, body, data.size, data.fetch.max_pixels), 0.0, 0.0)
+                kept = self.selection.picture(body)
         except MediaError as error:
-            return replace(entry, status=error.status, stage="decode", message=error.message), row["caption"], None
-        return replace(entry, stage="encode"), row["caption"], clip
+            last: Stage = "filter" if error.status.startswith("filtered_") else "decode"
+            return Decoded(replace(entry, status=error.status, stage=last, message=error.message), caption, None)
+        return Decoded(replace(entry, stage="encode"), caption, kept)
 
     def _encode(self, clips: list[tuple[str, str, Clip]]) -> list[_Row]:
         import torch
@@ -120,8 +140,8 @@ class ShardEncoder:
 
         name, stream = task["name"], task["stream"]
         status = Counter(entry.status for entry in entries)
-        if status["ok"] != len(kept):
-            raise RuntimeError(f"shard {name}: {status['ok']} rows are ok, but {len(kept)} have latents")
+        if not status["ok"] <= len(kept) <= status["ok"] * self.data.windows:
+            raise RuntimeError(f"shard {name}: {status['ok']} rows are ok, but there are {len(kept)} latents")
         rows = shards.Rows(
             row_id=[row.row_id for row in kept],
             caption=[row.caption for row in kept],
@@ -137,6 +157,7 @@ class ShardEncoder:
         summary = {
             "rows": len(entries),
             "status": status,
+            "samples": len(kept),
             "row_groups": shard.row_groups,
             "digest": shards.digest_rows(rows),
             "info": asdict(info),
@@ -152,6 +173,16 @@ def _rows(downloads: pa.Table) -> Iterator[dict]:
     """The rows as dictionaries, one after another, so that bodies are copied out of the table only when due."""
     for batch in downloads.to_batches(max_chunksize=1):
         yield from batch.to_pylist()
+
+
+def _unlike(rows: Iterable[Decoded], seen: Seen) -> Iterator[Decoded]:
+    """The same rows, but of near duplicates none is kept but the first."""
+    for row in rows:
+        twin = seen.twin(row.entry.row_id, row.kept.hashes) if row.kept and row.kept.hashes else None
+        if twin is not None:
+            entry = replace(row.entry, status="filtered_duplicate", stage="filter", message=f"like row {twin}")
+            row = Decoded(entry, row.caption, None)
+        yield row
 
 
 def _in_order(pool: Executor, decode: Callable[[dict], Decoded], rows: Iterable[dict], ahead: int) -> Iterator[Decoded]:

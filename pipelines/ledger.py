@@ -40,8 +40,14 @@ Status = Literal[
     "too_many_pixels",
     "decode_timeout",
     "decoder_crashed",
+    "filtered_cuts",
+    "filtered_static",
+    "filtered_motion",
+    "filtered_nsfw",
+    "filtered_score",
+    "filtered_duplicate",
 ]
-Stage = Literal["manifest", "fetch", "decode", "encode"]
+Stage = Literal["manifest", "fetch", "decode", "filter", "encode"]
 Funnel = dict[str, Counter[str]]
 
 _READ_AT_ONCE = 1000  # summaries

@@ -15,7 +15,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -28,7 +28,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:  # PyArrow is not for the processes that decode
     from pipelines.ledger import Status
@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # PyArrow is not for the processes that decode
 _VIDEOS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,flv,asf,gif"}
 _WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")  # of presentation, not of decoding alone
 _SLICE, _DELIMITER, _FILLER = 1, 9, 12  # types of NAL units (ITU-T H.264, table 7-1)
-_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
 class MediaError(Exception):
@@ -72,41 +71,69 @@ def read_clip(
     uniform over all that fit and drawn from `key`, or the middle one. MediaError: not_media, corrupt, too_short,
     too_many_pixels.
     """
-    source = io.BytesIO(data) if isinstance(data, bytes) else data
-    with _decoding(), _opened(source) as container:
-        stream = _video_stream(container, max_pixels)
-        span = _span(container, stream)
-        slack_s = span.seconds - frames / fps
-        if slack_s < -1e-3:
-            _refuse_short(span, stream, frames / fps)
+    with open_video(data, max_pixels) as video:
         part = random.Random(key).random() if start == "random" else 0.5
-        start_s = part * max(slack_s, 0)
-        ticks = [span.first + math.floor((start_s + index / fps) / span.tick_s + 1e-6) for index in range(frames)]
-        squares = _planned(container, stream, span, ticks, size) or _seen(container, stream, span, ticks, size)
-        return Clip(np.stack(squares), float(stream.average_rate or 0), start_s)
+        return video.clip(part * video.slack_s(frames / fps), frames, fps, size)
 
 
-def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndarray:
-    """A picture as a clip of one frame, uint8 [1, size, size, 3]: its middle square, upright, on white.
+@dataclass(frozen=True)
+class Video:
+    """An open video whose packets have been scanned, once for all clips that are cut out of it."""
 
-    MediaError: not_media, corrupt, too_many_pixels (by the header, before anything is decoded).
-    """
-    with _decoding():
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_PICTURES)
-        _check_pixels(image.width, image.height, max_pixels)
-        whole = image.size
-        image.draft("RGB", (size * 3 // 2, size * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
-        if image.size == whole and (pixels := _plain_jpeg(image, data)) is not None:
-            return _square(pixels, size, quick=True)[None]
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise MediaError("corrupt", f"pixels of 32 bits (mode {image.mode}), of which none is known to be white")
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return _square(np.asarray(image.convert("RGB")), size, quick=True)[None]
+    container: InputContainer
+    stream: VideoStream
+    span: "_Span"
+
+    @property
+    def seconds(self) -> float:
+        return self.span.seconds
+
+    def slack_s(self, wanted_s: float) -> float:
+        """How much longer it is than wanted. MediaError: too_short, or corrupt if it was announced to be longer."""
+        slack_s = self.seconds - wanted_s
+        if slack_s < -1e-3:
+            _refuse_short(self.span, self.stream, wanted_s)
+        return max(slack_s, 0)
+
+    def clip(self, start_s: float, frames: int, fps: float, size: int) -> Clip:
+        """The window that begins at `start_s`, decoding no more than it needs. MediaError: corrupt."""
+        ticks = self._ticks(start_s, frames, fps)
+        with decoding():
+            squares = _planned(self.container, self.stream, self.span, ticks, size)
+            squares = squares or _seen(self.container, self.stream, self.span, ticks, size)
+        return Clip(np.stack(squares), float(self.stream.average_rate or 0), start_s)
+
+    def watched_clip(self, start_s: float, frames: int, fps: float, size: int) -> "tuple[Clip, Watched]":
+        """The same, and every frame from the first wanted one to the last, none left out: small and uncropped."""
+        ticks, watched = self._ticks(start_s, frames, fps), Watched()
+        with decoding():
+            squares = _seen(self.container, self.stream, self.span, ticks, size, watched)
+        return Clip(np.stack(squares), float(self.stream.average_rate or 0), start_s), watched
+
+    def _ticks(self, start_s: float, frames: int, fps: float) -> list[int]:
+        first, tick_s = self.span.first, self.span.tick_s
+        return [first + math.floor((start_s + index / fps) / tick_s + 1e-6) for index in range(frames)]
+
+
+@dataclass
+class Watched:
+    """Frames uint8 [27, 48, 3], the whole of each, and the seconds into the video at which they are first shown."""
+
+    frames: list[np.ndarray] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def open_video(data: bytes | str, max_pixels: int = 100_000_000) -> Iterator[Video]:
+    """Open a video, given as bytes or path, and scan its packets. MediaError: not_media, corrupt, too_many_pixels."""
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    with decoding():
+        container = _opened(source)
+    with container:
+        with decoding():
+            stream = _video_stream(container, max_pixels)
+            span = _span(container, stream)
+        yield Video(container, stream, span)
 
 
 @dataclass(frozen=True)
@@ -132,7 +159,7 @@ class _Span:
 
 
 @contextmanager
-def _decoding() -> Iterator[None]:
+def decoding() -> Iterator[None]:
     """Decoders raise whatever they like on broken files; each becomes the status of one row."""
     try:
         yield
@@ -163,23 +190,13 @@ def _video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     stream = videos[0]
     if not stream.codec_context:
         raise MediaError("corrupt", "the header does not say how the video is encoded")
-    _check_pixels(stream.width, stream.height, max_pixels)
+    check_pixels(stream.width, stream.height, max_pixels)
     stream.codec_context.options = {"max_pixels": str(max_pixels)}  # of frames that are larger than the header says
     stream.codec_context.thread_count = 1  # frame threads cost more than they give; clips run side by side instead
     return stream
 
 
-def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """The upright pixels [y, x, 3] of a JPEG of the common kind, for which OpenCV takes a fifth less time than Pillow.
-
-    None for others, and where it does not end as it should: Pillow tells a truncated file, OpenCV makes it grey.
-    """
-    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not data.endswith(b"\xff\xd9"):
-        return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise MediaError("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels:,}")
 
@@ -230,7 +247,7 @@ def _planned(
             return []
         before = frame.pts
         if frame.pts in wanted:
-            squares[frame.pts] = _square(_rgb(frame, converter), size)
+            squares[frame.pts] = square(_rgb(frame, converter), size)
     return [squares[time] for time in wanted] if squares.keys() >= set(wanted) else []
 
 
@@ -289,17 +306,44 @@ def _unit_headers(data: bytes, header: bytes) -> list[int]:
     return units if position == len(data) else []
 
 
-def _seen(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int], size: int) -> list[np.ndarray]:
+def _seen(
+    container: InputContainer,
+    stream: VideoStream,
+    span: _Span,
+    ticks: list[int],
+    size: int,
+    watched: Watched | None = None,
+) -> list[np.ndarray]:
     """The squares shown at `ticks`, by decoding all frames from the keyframe before on."""
     converter = VideoReformatter()
-    return [_square(_rgb(frame, converter), size) for frame in _shown(container, stream, span, ticks)]
+    frames = _decoded_from(container, stream, span, ticks[0])
+    if watched is not None:
+        frames = _watching(frames, span, ticks, watched)
+    return [square(_rgb(frame, converter), size) for frame in _shown(frames, span, ticks)]
 
 
-def _shown(container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int]) -> Iterator[VideoFrame]:
-    """For each of the rising `ticks` the frame shown then, the last that is not later."""
+def _watching(
+    frames: Iterator[tuple[int, VideoFrame]], span: _Span, ticks: list[int], watched: Watched
+) -> Iterator[tuple[int, VideoFrame]]:
+    """The same frames; those that are shown from the first of `ticks` to the last are noted as they pass."""
+    converter = VideoReformatter()
+    passed: list[tuple[int, VideoFrame]] = []
+    for time, frame in frames:
+        passed = [*(passed if time > ticks[0] else []), (time, frame)]
+        if ticks[0] < time <= ticks[-1]:
+            for shown_at, shown in passed:
+                small = converter.reformat(shown, 48, 27, "rgb24", interpolation="AREA", threads=1)
+                watched.frames.append(small.to_ndarray())
+                watched.times_s.append((shown_at - span.first) * span.tick_s)
+            passed = []
+        yield time, frame
+
+
+def _shown(frames: Iterator[tuple[int, VideoFrame]], span: _Span, ticks: list[int]) -> Iterator[VideoFrame]:
+    """For each of the rising `ticks` the one of `frames` shown then, the last that is not later."""
     position = 0
     shown, shown_at = None, span.first
-    for time, frame in _decoded_from(container, stream, span, ticks[0]):
+    for time, frame in frames:
         while shown is not None and time > ticks[position]:
             yield shown
             position += 1
@@ -333,7 +377,7 @@ def _rgb(frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
     return np.rot90(image, frame.rotation // 90)
 
 
-def _square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:
+def square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:
     """The middle square of [y, x, 3], scaled to [size, size, 3].
 
     Each pixel is the mean over its area. Between once and twice the size, `quick` comes within 0.1 dB of that in half
@@ -342,7 +386,7 @@ def _square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = np.ascontiguousarray(image[top : top + side, left : left + side])
+    middle = np.ascontiguousarray(image[top : top + side, left : left + side])
     if quick and size < side < 2 * size:
-        square = cv2.resize(square, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)
+        middle = cv2.resize(middle, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(middle, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)

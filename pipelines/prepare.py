@@ -8,7 +8,7 @@ so running this again makes what is missing and nothing else.
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.archives import read_members
-from pipelines.config import DataConfig, StreamConfig
+from pipelines.config import ClipFilters, DataConfig, StreamConfig
 from pipelines.download import open_engine
 from pipelines.fetch import Fetched
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
@@ -72,12 +72,18 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     touched, and with nothing to do it is not touched at all.
     """
     encoder = encoder_id(vae_path)
+    if data.filters != ClipFilters():
+        from pipelines.filters import check_filters
+
+        check_filters(data.filters)
     data_dir = storage.join(storage.absolute(run_dir), "data")
     plans = _plans(data_dir, data, encoder, seed)
     tasks = pa.concat_tables([plan.tasks(data_dir, done=False) for plan in plans]).unify_dictionaries()
     total = sum(plan.manifest.shards.num_rows for plan in plans)
     print(f"[prepare_data] {total - len(tasks)}/{total} shards are done already", flush=True)
     if len(tasks):
+        for stream in tasks["stream"].unique().to_pylist():
+            storage.remove(storage.join(data_dir, "duplicates", f"{stream}.json"))  # its shards are to be compared anew
         settings = {
             "data_dir": data_dir,
             "data": data,
@@ -91,6 +97,11 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
         for done, made in enumerate(made_shards, start=total - len(tasks) + 1):
             rows, ok = rows + made["rows"], ok + made["ok"]
             print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
+    if data.filters.duplicates_across and data.filters.duplicate_bits is not None:
+        from pipelines.twins import drop_twins
+
+        for plan in plans:
+            drop_twins(data_dir, plan.stream, plan.names, data.filters.duplicate_bits)
     return _finish(data_dir, plans)
 
 
@@ -201,12 +212,17 @@ def _settings_hash(stream: Stream, data: DataConfig, encoder: str, seed: int) ->
     }
     if stream == "videos":
         settings |= {"frames": data.frames, "fps": data.fps, "seed": seed}
+        if data.windows > 1:
+            settings["windows"] = data.windows
+    if data.filters != ClipFilters():
+        settings["filters"] = asdict(data.filters)
     return digest_of(settings, digits=12)
 
 
 def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:
     """Check that every shard is there; write the index for training and the funnel."""
     funnel: Funnel = {}
+    samples: dict[str, int] = {}
     for plan in plans:
         folder = storage.join(data_dir, "latents", plan.stream)
         made: list[Shard] = []
@@ -218,12 +234,21 @@ def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:
         if missing := plan.manifest.shards.num_rows - len(made):
             raise RuntimeError(f"{plan.stream}: {missing} shards were not made; run this again")
         write_index(folder, made)
+        samples[plan.stream] = sum(shard.rows for shard in made)
     storage.write_json(
         storage.join(data_dir, "funnel.json"),
         {
-            stream: {"rows": statuses.total(), "status": statuses, "yield_percent": yield_percent(statuses)}
+            stream: {
+                "rows": statuses.total(),
+                "status": statuses,
+                "yield_percent": yield_percent(statuses),
+                "samples": samples[stream],
+            }
             for stream, statuses in funnel.items()
         },
     )
     print(funnel_text(funnel), flush=True)
+    for stream, statuses in funnel.items():
+        if samples[stream] != statuses["ok"]:
+            print(f"{stream}: {samples[stream]:,} samples came of {statuses['ok']:,} rows", flush=True)
     return funnel

@@ -9,8 +9,9 @@ n rows, c channels, f frames, h w latent size (pixels / 8).
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 
 import numpy as np
 import pyarrow as pa
@@ -180,6 +181,21 @@ def digest_rows(rows: Rows) -> str:
         if latents is not None:
             content.update(np.ascontiguousarray(latents).data)
     return content.hexdigest()
+
+
+def drop_rows(path: str, unwanted: Callable[[str], bool]) -> tuple[Shard, str]:
+    """Write a shard anew, atomically, without the rows whose row_id is unwanted; also gives the new `digest_rows`."""
+    info, rows = open_shard(path).info, read_shard(path)
+    wanted = np.array([not unwanted(row_id) for row_id in rows.row_id], bool)
+    kept = Rows(
+        row_id=list(compress(rows.row_id, wanted)),
+        caption=list(compress(rows.caption, wanted)),
+        mean=rows.mean[wanted],
+        logvar=None if rows.logvar is None else rows.logvar[wanted],
+        fps=rows.fps[wanted],
+        start_s=rows.start_s[wanted],
+    )
+    return write_shard(path, info, **vars(kept)), digest_rows(kept)
 
 
 def list_shards(folder: str) -> list[Shard]:

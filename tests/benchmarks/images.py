@@ -83,7 +83,7 @@ def this_code(shards: list[list[dict]], output: Path) -> Iterator[None]:
 
     from pipelines.config import FetchConfig
     from pipelines.fetch import Fetcher
-    from pipelines.media import read_image
+    from pipelines.pictures import read_image
     from t2v import storage
 
     cv2.setNumThreads(1)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipelines.config import DecodeConfig
 from pipelines.decoding import Decoders
-from pipelines.media import MediaError, read_clip, read_image
+from pipelines.media import MediaError, read_clip
+from pipelines.pictures import read_image
 from tests.pipelines import misbehaving
 from tests.pipelines.misbehaving import counts
 from tests.pipelines.test_media import encode, evenly, saved, x264

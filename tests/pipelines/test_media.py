@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.media import MediaError, read_clip, read_image
+from pipelines.media import MediaError, read_clip
+from pipelines.pictures import read_image
 from tests.pipelines.conftest import real_clip
 
 BLUE, GREEN, RED = (0, 0, 255), (0, 255, 0), (255, 0, 0)

@@ -13,7 +13,8 @@ import pytest
 from pipelines.config import DataConfig, EncodeConfig, FetchConfig, RowFilters, StreamConfig
 from pipelines.encode import ShardEncoder
 from pipelines.ledger import Entry, Funnel, funnel_text
-from pipelines.media import read_clip, read_image
+from pipelines.media import read_clip
+from pipelines.pictures import read_image
 from pipelines.prepare import prepare, stored_plans
 from pipelines.status import show_status
 from pipelines.verify import damage, verify

@@ -95,3 +95,26 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path):
     pq.write_table(table.replace_schema_metadata(other), path)
     with pytest.raises(ValueError, match=r"a\.parquet: column 'mean' is fixed_size_binary\[96\], but shape"):
         shards.read_rows(path, 0)
+
+
+@pytest.mark.parametrize("keep_variance", [True, False])
+def test_a_shard_without_some_of_its_rows_is_as_if_it_had_been_written_so(tmp_path, keep_variance):
+    path, expected = str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")
+    _, mean, logvar = write(path, keep_variance=keep_variance)
+    unwanted = {f"{row:016x}" for row in range(1, 250, 2)} | {f"{row:016x}" for row in range(100, 200)}
+    kept = [row for row in range(250) if f"{row:016x}" not in unwanted]
+    shard, digest = shards.drop_rows(path, unwanted.__contains__)
+    assert digest == shards.digest_rows(shards.read_shard(path))
+    assert (shard.row_groups, shard.info) == ((75,), INFO)
+    shards.write_shard(
+        expected,
+        INFO,
+        [f"{row:016x}" for row in kept],
+        [f"caption {row}" for row in kept],
+        mean[kept],
+        logvar[kept] if keep_variance else None,
+        [25.0] * len(kept),
+        [row / 4 for row in kept],
+    )
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert shards.drop_rows(path, lambda _: True)[0].rows == 0

@@ -1,0 +1,44 @@
+"""Encoded pictures -> clips of one frame: the middle square, upright, on white."""
+
+import io
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipelines.media import MediaError, check_pixels, decoding, square
+
+_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndarray:
+    """A picture as a clip of one frame, uint8 [1, size, size, 3]: its middle square, upright, on white.
+
+    MediaError: not_media, corrupt, too_many_pixels (by the header, before anything is decoded).
+    """
+    with decoding():
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_PICTURES)
+        check_pixels(image.width, image.height, max_pixels)
+        whole = image.size
+        image.draft("RGB", (size * 3 // 2, size * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
+        if image.size == whole and (pixels := _plain_jpeg(image, data)) is not None:
+            return square(pixels, size, quick=True)[None]
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise MediaError("corrupt", f"pixels of 32 bits (mode {image.mode}), of which none is known to be white")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return square(np.asarray(image.convert("RGB")), size, quick=True)[None]
+
+
+def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """The upright pixels [y, x, 3] of a JPEG of the common kind, for which OpenCV takes a fifth less time than Pillow.
+
+    None for others, and where it does not end as it should: Pillow tells a truncated file, OpenCV makes it grey.
+    """
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not data.endswith(b"\xff\xd9"):
+        return None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
