@@ -65,16 +65,11 @@ def write_vae(folder: str) -> None:
     AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, **blocks).save_pretrained(folder)
 
 
-def fetch_nothing(batch: Any, config: Any) -> Any:
-    """The first stage with downloads that end at once; sent to Ray's workers by value, being of __main__."""
-    from pipelines import prepare
+def fetch_nothing(urls: list[str]) -> list[Any]:
+    """An engine whose downloads end at once; sent to Ray's workers by value, being of __main__."""
     from pipelines.fetch import Fetched
 
-    async def fetch_all(urls: list[str], config: Any) -> list[Fetched]:
-        return [Fetched(b"", "empty", "not asked for", 0.0) for _ in urls]
-
-    prepare.fetch_all = fetch_all
-    return prepare.fetch_shard(batch, config)
+    return [Fetched(b"", "empty", "not asked for", 0.0) for _ in urls]
 
 
 class Peak:
@@ -131,7 +126,11 @@ def run(manifest: str, vae: str, options: dict) -> dict:
 
         return noted
 
-    prepare._make, prepare.fetch_shard = timed(prepare._make), fetch_nothing
+    class Fetcher(prepare.ShardFetcher):
+        def __init__(self, data_dir: str, data: Any) -> None:
+            self.data_dir, self.data, self.download = data_dir, data, fetch_nothing
+
+    prepare._make, prepare.ShardFetcher = timed(prepare._make), Fetcher
     with tempfile.TemporaryDirectory() as folder:
         funnel = prepare.prepare(folder, data_config(manifest, 1000, options), vae, 0)
     return {
@@ -162,10 +161,11 @@ def skip(manifest: str, vae: str, options: dict) -> dict:
         }
         seconds = {"fetch": 0.0, "encode": 0.0}
         summary = {"rows": 1, "status": {"ok": 1}, "row_groups": [1], "info": info, "bytes": 9, "seconds": seconds}
+        summary |= {"samples": 1, "digest": "0123456789abcdef", "ended": time.time()}
         for name in plan.names:
             (done / f"{name}.json").write_text(json.dumps(summary, indent=1))
         peak, begun = Peak(), time.time()
-        missing = plan.missing(f"{folder}/data")
+        missing = plan.tasks(f"{folder}/data", done=False)
         listed_s = time.time() - begun
         funnel = prepare.prepare(folder, data, vae, 0)
         return {

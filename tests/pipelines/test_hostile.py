@@ -17,7 +17,7 @@ from aiohttp.abc import AbstractResolver
 
 from pipelines.addresses import ForbiddenAddress, GuardedResolver, guarded_socket
 from pipelines.config import DataConfig, DecodeConfig, EncodeConfig, FetchConfig, StreamConfig
-from pipelines.fetch import fetch_all
+from pipelines.download import open_engine
 from pipelines.media import read_clip
 from pipelines.prepare import prepare
 from t2v import shards
@@ -154,7 +154,7 @@ def test_no_address_but_the_allowed_one_is_ever_tried(web):
     sys.addaudithook(watch)
     urls = [url for url in wanted["images"] if "/images/" not in url]
     begun = time.monotonic()
-    fetched = asyncio.run(fetch_all(urls, FETCH))
+    fetched = open_engine(FETCH)(urls)
     watching = False
     assert len(fetched) == len(urls) > 100
     assert time.monotonic() - begun < 20
