@@ -67,12 +67,17 @@ def _corpus(config: Config) -> Iterator[None]:
 
 def _record(config: Config, funnel: dict) -> None:
     from pipelines.prepare import stored_plans
+    from pipelines.sheet import sheet_path
     from t2v import storage
     from t2v.record import Record
 
     record = Record(config.run_dir, "prepare_data", asdict(config.data))
-    for plan in stored_plans(storage.join(config.run_dir, "data")):
+    data_dir = storage.join(config.run_dir, "data")
+    for plan in stored_plans(data_dir):
         source = getattr(config.data, plan.stream).manifest
+        sheet = sheet_path(data_dir, plan.stream)
+        if storage.is_local(sheet) and storage.exists(sheet):
+            record.file(sheet, "sheets")
         record.dataset(f"{plan.stream} manifest", source, plan.manifest.digest, plan.manifest.rows)
     record.table(
         [

@@ -23,6 +23,7 @@ from pipelines.ledger import Entry, Stage, write_ledger
 from pipelines.likeness import Seen, hashes_path, write_hashes
 from pipelines.media import Clip, MediaError
 from pipelines.meters import Meters
+from pipelines.sheet import ACROSS, DOWN, sheet_path, tiles, write_sheet
 from pipelines.windows import sample_id
 from t2v import shards, storage
 from t2v.shards import LatentInfo
@@ -78,6 +79,7 @@ class ShardEncoder:
 
         entries: list[Entry] = []
         kept: list[_Row] = []
+        looks: list[np.ndarray] = []
         seen = Seen(self.data.filters.duplicate_bits or 0)
         decoded = _in_order(
             self.pool, lambda row: self._decode(task["stream"], row), _rows(downloads), 2 * self.threads
@@ -85,20 +87,23 @@ class ShardEncoder:
         unlike = _unlike(decoded, seen)
         while group := list(islice(unlike, at_once)):
             entries += [row.entry for row in group]
-            kept += self._encode(
-                [
-                    (sample_id(row.entry.row_id, window), row.caption, clip)
-                    for row in group
-                    if row.kept
-                    for window, clip in row.kept.clips.items()
-                ]
-            )
+            clips = [
+                (sample_id(row.entry.row_id, window), row.caption, clip)
+                for row in group
+                if row.kept
+                for window, clip in row.kept.clips.items()
+            ]
+            kept += self._encode(clips)
+            if task["index"] == 0 and len(looks) < ACROSS * DOWN:
+                looks += tiles([clip.frames for _, _, clip in clips])
 
         if len(entries) != task["rows"]:
             raise RuntimeError(f"shard {task['name']}: {task['rows']} rows in, {len(entries)} in its ledger")
         shape = (self.channels, frames, self.height, self.width)
         if self.data.filters.duplicate_bits is not None:
             write_hashes(hashes_path(self.data_dir, task["stream"], task["name"]), seen)
+        if looks:
+            write_sheet(sheet_path(self.data_dir, task["stream"]), looks[: ACROSS * DOWN])
         info = LatentInfo(task["stream"], shape, self.vae.id, self.vae.scale, task["data_hash"])
         self._commit(task, info, entries, kept, time.monotonic() - begun)
         ok = sum(entry.status == "ok" for entry in entries)

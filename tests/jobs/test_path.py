@@ -103,6 +103,8 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     runs = {run.info.run_name.split()[0]: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"prepare_data", "train", "evaluate"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
+    sheets = client.list_artifacts(runs["prepare_data"].info.run_id, "sheets")
+    assert {sheet.path for sheet in sheets} == {"sheets/videos.jpg", "sheets/images.jpg"}
     train = runs["train"]
     assert train.data.params["train.mix.slots"] == "8"
     (picture,) = client.list_artifacts(train.info.run_id, "samples")

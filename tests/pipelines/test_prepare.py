@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -162,6 +163,13 @@ def written(prepared):
     folders = ("latents/videos", "latents/images", "ledger/videos", "ledger/images", "done/videos", "done/images")
     paths = [path for name in folders for path in (prepared.run_dir / "data" / name).glob("0*")]
     return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def test_what_came_in_can_be_looked_at(prepared):
+    for stream in ("videos", "images"):
+        sheet = cv2.imread(str(prepared.run_dir / f"data/sheets/{stream}.jpg"))
+        assert sheet.shape[1:] == (8 * 32, 3) and sheet.shape[0] % 32 == 0
+        assert sheet.std() > 10
 
 
 def test_a_second_run_does_nothing(prepared):
