@@ -14,6 +14,7 @@ import re
 import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -64,17 +65,27 @@ def _job_api() -> Iterator["JobSubmissionClient"]:
     if address.startswith("http"):
         yield JobSubmissionClient(address)
         return
-    print("starting Ray" if not address else f"joining Ray at {address}", flush=True)
-    local = {
-        "address": "local",  # not another Ray that happens to run here
-        "num_cpus": max(2, os.cpu_count() or 2),
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": True,
-        "dashboard_port": _free_port(),
-    }
-    context = ray.init(**({} if address else local), logging_level="warning", log_to_driver=False)
-    yield JobSubmissionClient(f"http://{context.dashboard_url}")
-    ray.shutdown()
+    if address:
+        print(f"joining Ray at {address}", flush=True)
+        yield JobSubmissionClient(f"http://{ray.init(logging_level='warning', log_to_driver=False).dashboard_url}")
+        ray.shutdown()
+        return
+    print("starting Ray", flush=True)
+    with tempfile.TemporaryDirectory(prefix="t2v-ray-", ignore_cleanup_errors=True) as folder:
+        local = {
+            "address": "local",  # not another Ray that happens to run here
+            "num_cpus": max(2, os.cpu_count() or 2),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": True,
+            "dashboard_port": _free_port(),
+            "_temp_dir": folder,
+        }
+        context = ray.init(**local, logging_level="warning", log_to_driver=False)
+        # Where jobs look for the Ray that they belong to; without it they may take another one of this machine.
+        with open(f"{folder}/ray_current_cluster", "w") as file:
+            file.write(context.address_info["gcs_address"])
+        yield JobSubmissionClient(f"http://{context.dashboard_url}")
+        ray.shutdown()
 
 
 def _submit(client: "JobSubmissionClient", entrypoint: str, environment: dict[str, str]) -> str:
