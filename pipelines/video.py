@@ -15,7 +15,7 @@ _WATCHABLE_PIXELS = 256
 
 
 def write_mp4(target: str | BinaryIO, frames: Iterable[np.ndarray], fps: int, options: dict[str, str]) -> None:
-    """Encodes uint8 frames [y, x, 3], sides even, one after another; `options` are x264's. Equal input, equal bytes."""
+    """Encodes uint8 frames [y, x, 3], sides even, one after another; `options` are x264's."""
     first, frames = _first(frames)
     with av.open(target, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
