@@ -38,15 +38,11 @@ _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.stri
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The shards of one stream under the present settings; `names[k]` is made from row group k of the manifest.
-
-    `archive` tells that its URLs are addresses of members (pipelines/archives.py), which no other manifest may use.
-    """
+    """The shards of one stream under the present settings; `names[k]` is made from row group k of the manifest."""
 
     stream: Stream
     manifest: Manifest
     data_hash: str
-    archive: bool = False
 
     @property
     def names(self) -> list[str]:

@@ -6,7 +6,6 @@ It is a Ray task of its own, so that no rank waits for it; it runs when a worker
 import os
 import tempfile
 
-import numpy as np
 import ray
 
 from t2v.job import TrainJob
@@ -25,6 +24,7 @@ def _preview(job: TrainJob, prompts: list[str], samples: int) -> None:
 
     from pipelines.prompts import Prompt
     from pipelines.sampling import Sampler, even_batches
+    from pipelines.sheet import grid
     from t2v.record import Record
 
     sampler = Sampler(job.model_folder, even_batches(job.sample, len(prompts)), job.size)
@@ -33,9 +33,3 @@ def _preview(job: TrainJob, prompts: list[str], samples: int) -> None:
         path = os.path.join(folder, f"samples-{samples:012d}.png")
         cv2.imwrite(path, cv2.cvtColor(grid(clips), cv2.COLOR_RGB2BGR))
         Record(job.run_dir, "train", {}).file(path, "samples")
-
-
-def grid(clips: np.ndarray) -> np.ndarray:
-    """uint8 clips [b, f, y, x, 3] -> one picture [b * y, 8 * x, 3] of at most eight frames each."""
-    some = clips[:, :: -(-clips.shape[1] // 8)]
-    return np.concatenate(list(np.concatenate(list(some.transpose(1, 0, 2, 3, 4)), axis=2)), axis=0)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pipelines.manifests import read_shard
 from pipelines.prepare import BLOCKS, stored_plans
 from pipelines.ray_data import quieten
+from pipelines.windows import row_id_of
 from t2v import shards, storage
 
 
@@ -52,7 +53,7 @@ def damage(data_dir: str, task: dict) -> str:
         return "its ledger does not hold the rows of its manifest, one for one"
     if Counter(entry["status"] for entry in entries) != Counter(summary["status"]):
         return "its ledger and its summary count differently"
-    kept = list(dict.fromkeys(row_id.partition("+")[0] for row_id in rows.row_id))
+    kept = list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id))
     if kept != [entry["row_id"] for entry in entries if entry["status"] == "ok"]:
         return "its latents are not those of the rows that its ledger calls ok"
     if len(set(rows.row_id)) < len(rows):
