@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pipelines.preview import _preview, grid
+from pipelines.preview import _preview
+from pipelines.sheet import grid
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from t2v.job import TrainJob
 
