@@ -112,9 +112,10 @@ class ModelConfig:
 
 @dataclass
 class MixConfig:
-    """Multi-frame training (paper 3.3). A step has `slots` equal shares of the gradient; one in `image_every`
-    of them trains on images, the others on videos. A slot holds `frames_per_slot` frames of either stream,
-    so that all do the same work, unless the two batch sizes are given outright.
+    """Multi-frame training (paper 3.3). A step has `slots`, one in `image_every` of images, the others of videos, and
+    the streams count in its loss as they do among the slots. A slot holds `frames_per_slot` frames of either stream,
+    so that all do the same work, unless the two batch sizes are given outright. `schedule` is how ranks share a step
+    (t2v/mix.py); `micro_frames` bounds the frames of one forward and backward pass, and with it the memory.
     """
 
     slots: int = 80
@@ -122,9 +123,11 @@ class MixConfig:
     frames_per_slot: int = 320
     images_per_step: int | None = None
     videos_per_step: int | None = None
+    schedule: Literal["rank", "packed"] = "rank"
+    micro_frames: int | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, self, "slots", "frames_per_slot", "images_per_step", "videos_per_step")
+        at_least(1, self, "slots", "frames_per_slot", "images_per_step", "videos_per_step", "micro_frames")
         at_least(2, self, "image_every")
         if self.slots % self.image_every:
             raise ValueError(f"slots: {self.slots} is no multiple of image_every ({self.image_every})")

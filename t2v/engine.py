@@ -25,7 +25,7 @@ class Engine:
     """
 
     def __init__(self, unet: nn.Module, config: TrainConfig, micro_steps: int) -> None:
-        self.config = config
+        self.config, self.micro_steps = config, micro_steps
         for module in unet.modules():
             if isinstance(module, FeedForward):
                 module.keep = config.recompute == "activations"
@@ -53,9 +53,9 @@ class Engine:
         """The UNet's forward pass, as DeepSpeed runs it."""
         return self.engine(*inputs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds one slot's gradient; ranks and slots are averaged equally."""
-        self.engine.backward(loss)
+    def backward(self, loss: Tensor, weight: float) -> None:
+        """Adds one slot's gradient, which counts `weight` in the step's; DeepSpeed takes means over slots and ranks."""
+        self.engine.backward(loss * (weight * self.micro_steps * self.engine.world_size))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 

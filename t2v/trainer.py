@@ -9,6 +9,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -90,6 +91,10 @@ class Trainer:
             first_step=self.samples // self.step.total,
             pin=self.engine.device.type == "cuda",
         )
+        with closing(feed):
+            self._train(feed)
+
+    def _train(self, feed: Feed) -> None:
         self._begin_interval(feed)
         steps = iter(feed)
         while self.samples < self.job.samples:
@@ -101,7 +106,6 @@ class Trainer:
             if due:
                 self._checkpoint()
                 self._begin_interval(feed)
-        feed.close()
 
     def close(self) -> None:
         """Ends the run in MLflow; whatever `started` was to add to it should have done so."""
@@ -110,14 +114,15 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One step. The mean loss of each stream over all ranks stays on the device until it is logged."""
-        sums = torch.zeros(len(STREAMS), 2, device=self.engine.device)
+        sums = torch.zeros(len(STREAMS), device=self.engine.device)
         for batch in batches:
             loss = self._loss(batch)
-            self.engine.backward(loss)
-            sums[STREAMS.index(batch.stream)] += torch.stack([loss.detach(), torch.ones_like(loss)])
+            self.engine.backward(loss, batch.slot.weight)
+            share = batch.slot.count / self.step.samples[batch.slot.stream]
+            sums[STREAMS.index(batch.slot.stream)] += loss.detach() * share
         torch.distributed.all_reduce(sums)
         if self.record:
-            self.losses.append(sums[:, 0] / sums[:, 1])
+            self.losses.append(sums)
         self.samples += self.step.total
         train = self.job.train
         self.engine.update(learning_rate(train, self.samples), ema_decay(train, self.samples, self.step.total))
@@ -126,13 +131,13 @@ class Trainer:
         """Mean of eq. 5 over one slot's samples; their random numbers are keyed by (seed, stream, sample)."""
         device = self.engine.device
         latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
-        draw = self.diffusion.draw(f"{self.job.seed} {batch.stream}", batch.sample, latents.shape[1:])
+        draw = self.diffusion.draw(f"{self.job.seed} {batch.slot.stream}", batch.sample, latents.shape[1:])
         if batch.logvar is not None:
             deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
             latents += deviation * draw.posterior_noise.to(device, non_blocking=True)
-        latents *= self.inventory[batch.stream][0].info.scale
+        latents *= self.inventory[batch.slot.stream][0].info.scale
         text = self.text.encode(draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
-        dropout_seed = generator(self.job.seed, batch.stream, "dropout", batch.sample[0]).integers(2**31)
+        dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
         noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
         return self.diffusion.loss(self._predict, latents, text, timesteps, noise).mean()

@@ -44,6 +44,16 @@ def captions(batches: list[list[Batch]]) -> list[list[list[str]]]:
     return [[batch.captions for batch in step] for step in batches]
 
 
+def by_sample(batches: list[list[Batch]]) -> dict[tuple[Stream, int], str]:
+    """The caption of every numbered sample."""
+    return {
+        (batch.slot.stream, number): caption
+        for step in batches
+        for batch in step
+        for number, caption in zip(batch.sample, batch.captions, strict=True)
+    }
+
+
 def test_latents_belong_to_their_captions(inventory: dict[Stream, list[Shard]]) -> None:
     (images, videos, *_), *_ = steps(inventory, 0, 1, 1)
     assert images.mean.shape == (6, 4, 1, 2, 2) and videos.mean.shape == (3, 4, 2, 2, 2)
@@ -53,16 +63,20 @@ def test_latents_belong_to_their_captions(inventory: dict[Stream, list[Shard]]) 
         assert batch.logvar is not None and batch.logvar[:, 0, 0, 0, 0].tolist() == [-number for number in numbers]
 
 
-def test_ranks_share_what_one_rank_reads(inventory: dict[Stream, list[Shard]]) -> None:
-    alone = captions(steps(inventory, 0, 1, 10))
-    first, second = (captions(steps(inventory, rank, 2, 10)) for rank in (0, 1))
-    assert [[a[0], b[0], a[1], b[1]] for a, b in zip(first, second, strict=True)] == alone
+@pytest.mark.parametrize("world", [2, 3, 4, 5])
+def test_ranks_share_what_one_rank_reads(inventory: dict[Stream, list[Shard]], world: int) -> None:
+    """Three and five ranks do not divide the four slots: they cut through lanes."""
+    alone = by_sample(steps(inventory, 0, 1, 10))
+    shared: dict[tuple[Stream, int], str] = {}
+    for rank in range(world):
+        shared |= by_sample(steps(inventory, rank, world, 10))
+    assert shared == alone
 
 
 def test_samples_are_numbered_without_gaps(inventory: dict[Stream, list[Shard]]) -> None:
     batches = steps(inventory, 0, 1, 5)
     for stream, per_step in STEP.samples.items():
-        seen = [number for step in batches for batch in step if batch.stream == stream for number in batch.sample]
+        seen = [number for step in batches for batch in step if batch.slot.stream == stream for number in batch.sample]
         assert seen == list(range(5 * per_step))
 
 

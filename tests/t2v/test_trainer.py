@@ -133,8 +133,8 @@ def test_what_does_not_fit_is_refused_before_training(data: Path) -> None:
         ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(4, 1, 8, 8\)"
     ):
         replace(good, size=64).inventory()
-    with pytest.raises(ValueError, match="3 ranks cannot share 4 slots"):
-        replace(good, train=replace(good.train, workers=3)).inventory()
+    with pytest.raises(ValueError, match="4 images a step cannot be shared by 5 ranks"):
+        replace(good, train=replace(good.train, workers=5)).inventory()
     with pytest.raises(FileNotFoundError, match="run jobs/prepare_data.py first"):
         replace(good, run_dir=str(data / "elsewhere")).inventory()
     (data / "other").mkdir()
