@@ -139,15 +139,25 @@ class TrainConfig:
 
     What the backward pass computes once more on a GPU is norms and activations, or with `recompute: gates` the widest
     layers too: less than two thirds of the memory (2.5 GiB a clip in place of 4.0), at nine tenths of the speed.
+    `trained: temporal` leaves the layers that an image UNet has as they are in `model.start`.
+
+    With `min_workers` training goes on with fewer workers where a cluster cannot give all. The last `keep_checkpoints`
+    are kept, and at every milestone a copy of one, with its model as a diffusers folder. `max_skipped_steps` without a
+    finite gradient in a row end the run; so do `max_failures` of workers. Ranks that take no step for `hang_s` are
+    ended and started anew.
     """
 
     workers: int = 80
+    min_workers: int | None = None
     gpus_per_worker: int = 1
     cpus_per_worker: int = 8
     zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    trained: Literal["all", "temporal"] = "all"
     recompute: Literal["activations", "gates"] = "activations"
     learning_rate: float = 5e-5
+    final_learning_rate: float = 0.0
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_samples: int = 100_000
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -157,16 +167,25 @@ class TrainConfig:
     log_every_s: float = 30.0
     checkpoint_every_samples: int = 2_000_000
     keep_checkpoints: int = 3
-    sample_every_samples: int = 10_000_000
+    milestone_every_samples: int = 10_000_000
+    max_skipped_steps: int = 50
+    max_failures: int = 10
+    hang_s: float = 900.0
     shuffle_rows: int = 10_000
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self) -> None:
         at_least(1, self, "workers", "cpus_per_worker", "samples", "shuffle_rows")
-        at_least(1, self, "checkpoint_every_samples", "keep_checkpoints", "sample_every_samples")
-        at_least(0, self, "gpus_per_worker", "warmup_samples", "weight_decay", "log_every_s")
-        above_zero(self, "learning_rate", "clip_norm", "ema_halflife_samples")
+        at_least(1, self, "checkpoint_every_samples", "keep_checkpoints", "milestone_every_samples")
+        at_least(1, self, "min_workers", "max_skipped_steps")
+        at_least(0, self, "gpus_per_worker", "warmup_samples", "weight_decay", "log_every_s", "final_learning_rate")
+        at_least(0, self, "max_failures")
+        above_zero(self, "learning_rate", "clip_norm", "ema_halflife_samples", "hang_s")
         finite(self, "learning_rate", "weight_decay")
+        if (self.min_workers or 0) > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers ({self.workers})")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("precision: fp16 needs ZeRO, which scales the loss; set zero_stage to 1, 2 or 3")
         fraction(self, "betas")
 
 

@@ -1,37 +1,68 @@
 """The training loop as every rank runs it (paper 3.3, 4.1.3): slots -> losses -> one step; logs and checkpoints.
 
-It knows nothing of how ranks are started: t2v/worker.py hands it a rank, a checkpoint and a way to report one.
+It knows nothing of how ranks are started: t2v/worker.py is its Host.
 
 b samples, c channels, f frames, h w latent size, l tokens, d text width.
 """
 
+import math
 import resource
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from t2v import frozen, shards, storage
+from t2v import frozen, storage
+from t2v.checkpoint import CheckpointError
 from t2v.config import TrainConfig
 from t2v.diffusion import Diffusion
-from t2v.engine import Engine
-from t2v.export import write_model
+from t2v.engine import Engine, Staged
 from t2v.feed import Batch, Feed
 from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
 from t2v.published import start_weights
 from t2v.unet import UNet
 
+BUCKETS = 4  # into which timesteps are divided where the log tells losses apart
+
+
+class Host(Protocol):
+    """What surrounds a rank."""
+
+    def report(self, staged: Staged, samples: int, milestone: bool) -> None:
+        """Has a checkpoint written in the background, by every rank its share."""
+
+    def observe(self, line: dict[str, float]) -> None:
+        """Takes the numbers of a line of the log, on rank 0."""
+
+    def beat(self, samples: int) -> None:
+        """Hears of every step: where it hears nothing for too long, something hangs."""
+
+    def wants_stop(self) -> bool:
+        """Whether this rank has been asked to write a checkpoint and end."""
+
+    def is_preempted(self) -> bool:
+        """Whether a machine of the run is about to be taken away; all ranks ask at once, and hear the same."""
+
+
+class Diverged(RuntimeError):
+    """Too many steps after each other whose gradient was not finite."""
+
 
 def learning_rate(config: TrainConfig, samples: int) -> float:
-    """Linear warm-up, then constant (the paper gives no decay)."""
-    return config.learning_rate * min(1.0, samples / max(1, config.warmup_samples))
+    """Linear warm-up, then constant (the paper gives no decay), or falling to `final_learning_rate` at the end."""
+    if samples < config.warmup_samples:
+        return config.learning_rate * samples / config.warmup_samples
+    done = min(1.0, (samples - config.warmup_samples) / max(1, config.samples - config.warmup_samples))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        config.learning_rate_schedule
+    ]
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
 
 
 def ema_decay(config: TrainConfig, samples: int, step_samples: int) -> float:
@@ -40,46 +71,39 @@ def ema_decay(config: TrainConfig, samples: int, step_samples: int) -> float:
 
 
 class Trainer:
-    """One rank of a training run.
+    """One rank of a training run, which goes on from the first of `checkpoints` (newest first) that is whole."""
 
-    `resume_from` is a checkpoint's local folder; `report(folder, samples)` takes the folder that every rank has
-    written its part of a new one into. On rank 0 `observe` gets the numbers of every line of the log, and
-    `on_export(job, prompts, samples)` is told of a newly exported model; what it starts is kept in `started`.
-    """
-
-    def __init__(
-        self,
-        job: TrainJob,
-        rank: int,
-        world: int,
-        resume_from: str | None,
-        report: Callable[[str, int], None],
-        observe: Callable[[dict[str, float]], None],
-        on_export: Callable[[TrainJob, list[str], int], Any],
-    ) -> None:
-        self.job, self.step, self.rank = job, job.step, rank
-        self.report, self.observe, self.on_export = report, observe, on_export
+    def __init__(self, job: TrainJob, rank: int, world: int, checkpoints: Sequence[str], host: Host) -> None:
+        self.job, self.step, self.rank, self.host = job, job.step, rank, host
         self.slots = self.step.of_rank(rank, world)
         self.inventory = job.inventory()
         torch.manual_seed(job.seed)
         unet = UNet(job.model.unet)
-        if job.model.start and not resume_from:
+        if job.model.start and (not checkpoints or job.train.trained != "all"):
             unet.load_state_dict(start_weights(job.model.start, job.model.unet), strict=False)
         self.engine = Engine(unet, job.train, len(self.slots))
         self.text = frozen.load_text(job.model.text, self.engine.device)
         self.diffusion = Diffusion(job.diffusion)
-        self.samples = self.engine.load(resume_from)["samples"] if resume_from else 0
-        self.lines = _read_log(job.log_path, self.samples) if rank == 0 else []
+        state = self._resume(checkpoints)
+        self.samples, self.skipped_steps = state["samples"], state["skipped_steps"]
+        self.skipped_in_a_row = 0
+        self.staged: Staged | None = None  # the last checkpoint, perhaps still on its way
+        self.stall_s = 0.0
+        self.tallies: list[Tensor] = []  # since the last line of the log
         self.record = None
         if rank == 0:
             from t2v.record import Record  # MLflow, which the other ranks need not load
 
+            self.lines = _read_log(job.log_path, self.samples)
+            self.next_write = 0.0
+            self.restarts = _count_start(job, self.samples, world)
             self.record = Record(job.run_dir, "train", asdict(job))
-        self.started: list[Any] = []
-        self.losses: list[Tensor] = []  # of each step since the last line, [streams], left on the device
 
     def run(self) -> None:
-        """Trains until `job.samples`."""
+        """Trains until `job.samples`, or until a rank is asked to stop; either way its last step is in a checkpoint.
+
+        Diverged, on all ranks alike, after `max_skipped_steps` steps in a row without a finite gradient.
+        """
         if self.record:
             print(f"[train] {self.samples:,}/{self.job.samples:,} samples at the start", flush=True)
         feed = Feed(
@@ -93,42 +117,96 @@ class Trainer:
         )
         with closing(feed):
             self._train(feed)
-
-    def _train(self, feed: Feed) -> None:
-        self._begin_interval(feed)
-        steps = iter(feed)
-        while self.samples < self.job.samples:
-            self._train_step(next(steps))
-            due = _crossed(self.samples, self.step.total, self.job.train.checkpoint_every_samples)
-            due = due or self.samples == self.job.samples
-            if self.record and (due or time.monotonic() - self.begun > self.job.train.log_every_s):
-                self._log(feed)
-            if due:
-                self._checkpoint()
-                self._begin_interval(feed)
+        if self.staged:
+            self.staged.written.wait()
 
     def close(self) -> None:
-        """Ends the run in MLflow; whatever `started` was to add to it should have done so."""
+        """Ends the run in MLflow."""
         if self.record:
             self.record.close()
 
-    def _train_step(self, batches: list[Batch]) -> None:
-        """One step. The mean loss of each stream over all ranks stays on the device until it is logged."""
-        sums = torch.zeros(len(STREAMS), device=self.engine.device)
+    def _resume(self, checkpoints: Sequence[str]) -> dict[str, Any]:
+        for folder in checkpoints:
+            try:
+                return self.engine.load(folder)
+            except CheckpointError as error:
+                if self.rank == 0:
+                    print(f"[train] skipped a checkpoint: {error}", flush=True)
+        if checkpoints:
+            raise CheckpointError(
+                f"{self.job.run_dir}: none of its {len(checkpoints)} checkpoints can be read; bring one back from a "
+                "milestone, or choose another run_dir"
+            )
+        return {"samples": 0, "skipped_steps": 0}
+
+    def _train(self, feed: Feed) -> None:
+        self._begin_interval(feed)
+        every = self.job.train.checkpoint_every_samples
+        warned, steps = False, iter(feed)
+        while self.samples < self.job.samples:
+            wants_log, wants_stop = self._train_step(next(steps))
+            self.host.beat(self.samples)
+            due = _crossed(self.samples, self.step.total, every) or self.samples == self.job.samples or wants_stop
+            if wants_log and not warned and self.host.is_preempted():
+                due = warned = True  # once: training goes on until the machine is gone
+            if wants_log or due:
+                self._log(feed)
+            if due:
+                if self.record:
+                    storage.write_lines(self.job.log_path, self.lines)
+                self._checkpoint()
+                self._begin_interval(feed)
+            if wants_stop:
+                return
+
+    def _train_step(self, batches: list[Batch]) -> tuple[bool, bool]:
+        """One step; returns whether a line of the log is due and whether a rank is to stop, the same on all ranks.
+
+        One all-reduce carries those votes and what the log tells of losses: their sum and number in each stream and
+        quarter of the timesteps. It is read once `update`, which waits for the gradient, has let it arrive.
+        """
+        tally = torch.zeros(len(STREAMS) * BUCKETS + 1, 2, device=self.engine.device)
         for batch in batches:
-            loss = self._loss(batch)
-            self.engine.backward(loss, batch.slot.weight)
-            share = batch.slot.count / self.step.samples[batch.slot.stream]
-            sums[STREAMS.index(batch.slot.stream)] += loss.detach() * share
-        torch.distributed.all_reduce(sums)
-        if self.record:
-            self.losses.append(sums)
+            losses, timesteps = self._losses(batch)
+            self.engine.backward(losses.mean(), batch.slot.weight)
+            row = STREAMS.index(batch.slot.stream) * BUCKETS + timesteps * BUCKETS // self.diffusion.config.timesteps
+            tally.index_add_(0, row, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
+        wants_log = self.rank == 0 and time.monotonic() - self.begun > self.job.train.log_every_s
+        votes = torch.tensor([wants_log, self.host.wants_stop()], dtype=torch.float32)
+        tally[-1] = votes.to(tally.device, non_blocking=True)
+        torch.distributed.all_reduce(tally)
+        arrived = torch.empty(tally.shape, pin_memory=tally.is_cuda).copy_(tally, non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if tally.is_cuda else None
         self.samples += self.step.total
         train = self.job.train
-        self.engine.update(learning_rate(train, self.samples), ema_decay(train, self.samples, self.step.total))
+        rate, decay = learning_rate(train, self.samples), ema_decay(train, self.samples, self.step.total)
+        applied = self.engine.update(rate, decay)
+        if copied:
+            copied.synchronize()
+        self._count(applied, batches, arrived)
+        log, stop = arrived[-1].tolist()
+        self.tallies.append(arrived[:-1])
+        return log > 0, stop > 0
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Mean of eq. 5 over one slot's samples; their random numbers are keyed by (seed, stream, sample)."""
+    def _count(self, applied: bool, batches: list[Batch], tally: Tensor) -> None:
+        """Keeps count of the steps that were left out, and gives up with a diagnosis after too many in a row."""
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.skipped_steps += not applied
+        if self.skipped_in_a_row >= self.job.train.max_skipped_steps:
+            sums = tally[:-1, 0].view(len(STREAMS), BUCKETS)
+            bad = [f"{stream} timesteps {1000 * place // BUCKETS}" for stream, row in zip(STREAMS, sums, strict=True)
+                   for place, value in enumerate(row.tolist()) if not math.isfinite(value)]  # fmt: skip
+            own = ", ".join(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}" for batch in batches)
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite; the last at "
+                f"{self.samples:,} samples, learning rate {learning_rate(self.job.train, self.samples):.3g}, "
+                f"losses not finite: {', '.join(bad) or 'none, so they overflow in the backward pass'}; rank "
+                f"{self.rank} trained on {own}. The last checkpoint is from before: try a lower train.learning_rate "
+                "or train.clip_norm, another train.precision, or look for these samples' rows"
+            )
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Eq. 5 for one slot's samples [b] and their timesteps [b]; random numbers are keyed by (seed, stream, sample)."""
         device = self.engine.device
         latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
         draw = self.diffusion.draw(f"{self.job.seed} {batch.slot.stream}", batch.sample, latents.shape[1:])
@@ -140,58 +218,82 @@ class Trainer:
         dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
         noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
-        return self.diffusion.loss(self._predict, latents, text, timesteps, noise).mean()
+        return self.diffusion.loss(self._predict, latents, text, timesteps, noise), timesteps
 
     def _predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         return self.engine.unet(latents.to(self.engine.dtype), timesteps, text)
 
     def _begin_interval(self, feed: Feed) -> None:
-        self.losses.clear()
+        self.tallies.clear()
         self.begun, self.waited_s = time.monotonic(), feed.waited_s
 
     def _log(self, feed: Feed) -> None:
         """One line of what happened since the last one; the same numbers go to MLflow and train/log.jsonl."""
-        assert self.record
-        images, videos = torch.stack(self.losses).mean(0).tolist()
-        seconds = time.monotonic() - self.begun
-        line = {
-            "loss_images": images,
-            "loss_videos": videos,
-            "samples_per_s": len(self.losses) * self.step.total / seconds,
-            "data_wait_share": (feed.waited_s - self.waited_s) / seconds,
-            "gradient_norm": self.engine.gradient_norm(),
-            "learning_rate": learning_rate(self.job.train, self.samples),
-            "memory_gib": _memory_gib(self.engine.device),
-            "seconds": seconds,
-        }
+        if self.record:
+            seconds = time.monotonic() - self.begun
+            rates = {f"{stream}_per_s": len(self.tallies) * n / seconds for stream, n in self.step.samples.items()}
+            line = {
+                **_losses_of(torch.stack(self.tallies).sum(0)),
+                **rates,
+                "samples_per_s": sum(rates.values()),
+                "data_wait_share": (feed.waited_s - self.waited_s) / seconds,
+                "gradient_norm": self.engine.gradient_norm(),
+                "learning_rate": learning_rate(self.job.train, self.samples),
+                "memory_gib": _memory_gib(self.engine.device),
+                "skipped_steps": self.skipped_steps,
+                "restarts": self.restarts,
+                "seconds": seconds,
+            }
+            if self.staged and self.staged.written.is_set():
+                line |= {"checkpoint_s": self.staged.write_s, "checkpoint_stall_s": self.stall_s}
+            self._tell(line)
+        self._begin_interval(feed)
+
+    def _tell(self, line: dict[str, float]) -> None:
         print(
-            f"[train] {self.samples:,}/{self.job.samples:,} samples  loss images {images:.3f} videos {videos:.3f}  "
+            f"[train] {self.samples:,}/{self.job.samples:,} samples  "
+            f"loss images {line['loss_images']:.3f} videos {line['loss_videos']:.3f}  "
             f"{line['samples_per_s']:.1f} samples/s  waiting for data {line['data_wait_share']:.1%}  "
-            f"memory {line['memory_gib']:.1f} GiB",
+            f"memory {line['memory_gib']:.1f} GiB"
+            + (f"  {self.skipped_steps} steps skipped" if self.skipped_steps else ""),
             flush=True,
         )
         self.lines.append({"samples": self.samples, "step": self.samples // self.step.total} | line)
-        storage.write_lines(self.job.log_path, self.lines)
+        self._write_log_if_cheap()
+        assert self.record
         self.record.metrics(line, self.samples)
-        self.observe(line)
-        self._begin_interval(feed)
+        self.host.observe(line)
+
+    def _write_log_if_cheap(self) -> None:
+        """Writes the whole log anew, if that takes less than a hundredth of the time since it was last done."""
+        begun = time.monotonic()
+        if begun > self.next_write:
+            storage.write_lines(self.job.log_path, self.lines)
+            self.next_write = begun + 100 * (time.monotonic() - begun)
 
     def _checkpoint(self) -> None:
-        """Exports the averaged weights, then reports a checkpoint: where there is one, there is its model."""
-        with self.engine.ema_weights() as weights:
-            averaged = {name: weight.cpu() for name, weight in weights}
-        if self.record:
-            job = self.job
-            info = {"samples": self.samples}
-            latent_size = job.size // 8
-            write_model(job.model_folder, averaged, job.model, job.diffusion, info, latent_size, self.text)
-        with tempfile.TemporaryDirectory() as folder:
-            self.engine.save(folder, {"samples": self.samples})
-            self.report(folder, self.samples)
+        """Starts the writing of a checkpoint, once the one before, whose memory it uses again, is written."""
+        begun = time.monotonic()
+        if self.staged:
+            self.staged.written.wait()
+        state = {"samples": self.samples, "skipped_steps": self.skipped_steps, "job": asdict(self.job)}
+        self.staged = self.engine.stage(state)
         train = self.job.train
-        if self.record and _crossed(self.samples, train.checkpoint_every_samples, train.sample_every_samples):
-            prompts = shards.read_rows(self.inventory["videos"][0].path, 0).caption[:8]
-            self.started.append(self.on_export(self.job, prompts, self.samples))
+        milestone = _crossed(self.samples, train.checkpoint_every_samples, train.milestone_every_samples)
+        self.host.report(self.staged, self.samples, milestone or self.samples == self.job.samples)
+        self.stall_s = time.monotonic() - begun
+
+
+def _losses_of(tally: Tensor) -> dict[str, float]:
+    """Mean loss of each stream, and in each quarter of the timesteps: of sums and numbers [streams * buckets, 2]."""
+    losses = {}
+    for stream, rows in zip(STREAMS, tally.view(len(STREAMS), BUCKETS, 2), strict=True):
+        total, number = rows.sum(0).tolist()
+        losses[f"loss_{stream}"] = total / number
+        for bucket, (total, number) in enumerate(rows.tolist()):
+            if number:
+                losses[f"loss_{stream}_t{1000 * bucket // BUCKETS:03}"] = total / number
+    return losses
 
 
 def _crossed(samples: int, before: int, every: int) -> bool:
@@ -202,6 +304,14 @@ def _crossed(samples: int, before: int, every: int) -> bool:
 def _read_log(path: str, samples: int) -> list[dict]:
     """The lines up to the checkpoint that training resumes from."""
     return [line for line in storage.read_lines(path) if line["samples"] <= samples] if storage.exists(path) else []
+
+
+def _count_start(job: TrainJob, samples: int, ranks: int) -> int:
+    """Notes that ranks were started, and returns how often they had been before."""
+    path = storage.join(job.run_dir, "train", "starts.jsonl")
+    before = storage.read_lines(path) if storage.exists(path) else []
+    storage.write_lines(path, [*before, {"time": time.time(), "samples": samples, "ranks": ranks}])
+    return len(before)
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -34,7 +34,14 @@ def main() -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.copytree(folder / "data/data", run_dir / "data")
         job(
-            "train", run_dir, "--seed", str(seed), "--train.log_every_s", "0", "--train.sample_every_samples", "1000000"
+            "train",
+            run_dir,
+            "--seed",
+            str(seed),
+            "--train.log_every_s",
+            "0",
+            "--train.milestone_every_samples",
+            "1000000",
         )
         lines = [json.loads(line) for line in (run_dir / "train/log.jsonl").read_text().splitlines()]
         tenth = len(lines) // 10

@@ -27,7 +27,7 @@ SMALLEST = {
     "train.mix.images_per_step": 4,
     "train.samples": 2 * STEP_SAMPLES,
     "train.checkpoint_every_samples": STEP_SAMPLES,
-    "train.sample_every_samples": 2 * STEP_SAMPLES,
+    "train.milestone_every_samples": 2 * STEP_SAMPLES,
     "sample.steps": 3,
     "evaluate.clips": 6,
 }

@@ -1,19 +1,28 @@
-"""One rank of a training run without Ray: torchrun tests/t2v/train_ranks.py FOLDER
+"""One rank of a training run without Ray: torchrun tests/t2v/train_ranks.py FOLDER PLAN
 
-Trains six steps straight into FOLDER/straight with a checkpoint after three, then those after three anew from that
-checkpoint into FOLDER/resumed, and writes what it exported and logged there. A folder `start` in them is `model.start`.
+PLAN is JSON: a list of legs, each trained after the other as {"run": name of a folder in FOLDER, "samples": where it
+ends, "from": checkpoints to go on from, newest first, "train": changes of TrainConfig, "broken": how many steps in a
+row, the first one being "broken_at", have losses that are not finite}. A run's folder holds latents and a VAE; a
+folder `start` in it is `model.start`. Every checkpoint is kept as RUN/checkpoint-SAMPLES, the averaged weights at the
+end as RUN/average.safetensors.
 """
 
+import json
 import os
-import shutil
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed
+from safetensors.torch import save_file
 
+from t2v.checkpoint import read_average
 from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
+from t2v.engine import Staged
+from t2v.feed import Batch
 from t2v.job import TrainJob
 from t2v.trainer import Trainer
+from t2v.unet import UNet
 
 STEP_SAMPLES = 4 + 3 * 2
 
@@ -46,23 +55,69 @@ def job(run_dir: str, workers: int) -> TrainJob:
     )
 
 
-def run(run_dir: str, resume_from: str | None) -> None:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+class Alone:
+    """A host that writes checkpoints at once and is asked nothing."""
 
-    def keep(folder: str, samples: int) -> None:
-        shutil.copytree(folder, f"{run_dir}/checkpoint-{samples}", dirs_exist_ok=True)
+    def __init__(self, run_dir: str, stop_at: int | None) -> None:
+        self.run_dir, self.stop_at, self.samples = run_dir, stop_at, 0
+
+    def report(self, staged: Staged, samples: int, milestone: bool) -> None:
+        staged.write(f"{self.run_dir}/checkpoint-{samples}")
         torch.distributed.barrier()
 
-    Trainer(job(run_dir, world), rank, world, resume_from, keep, lambda _: None, lambda *_: None).run()
+    def observe(self, line: dict[str, float]) -> None: ...
+
+    def beat(self, samples: int) -> None:
+        self.samples = samples
+
+    def wants_stop(self) -> bool:
+        """The last rank alone is asked."""
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return last and self.samples + STEP_SAMPLES == self.stop_at
+
+    def is_preempted(self) -> bool:
+        return False
+
+
+def run(folder: str, leg: dict) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    run_dir = f"{folder}/{leg['run']}"
+    whole = job(run_dir, world)
+    whole.train = replace(whole.train, **{"samples": leg["samples"]} | leg.get("train", {}))
+    checkpoints = [f"{folder}/{name}" for name in leg.get("from", [])]
+    trainer = Trainer(whole, rank, world, checkpoints, Alone(run_dir, leg.get("stop_at")))
+    if "broken" in leg:
+        break_losses(trainer, leg["broken_at"], leg["broken"])
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    torch.distributed.barrier()
+    if rank == 0:
+        shapes = {name: weight.shape for name, weight in UNet(whole.model.unet).named_parameters()}
+        average = read_average(f"{run_dir}/checkpoint-{trainer.samples}", shapes)
+        save_file(average, f"{run_dir}/average.safetensors")
     torch.distributed.barrier()
 
 
+def break_losses(trainer: Trainer, first: int, count: int) -> None:
+    """Makes the losses of one rank infinite, in `count` steps from the one numbered `first` on."""
+    losses, bad = trainer._losses, range(first * STEP_SAMPLES, (first + count) * STEP_SAMPLES)
+
+    def broken(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        values, timesteps = losses(batch)
+        is_bad = trainer.rank == 0 and trainer.samples in bad
+        return values / 0 if is_bad else values, timesteps
+
+    trainer._losses = broken  # type: ignore[method-assign]
+
+
 def main() -> None:
-    folder = sys.argv[1]
+    folder, plan = sys.argv[1:]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    run(f"{folder}/straight", None)
-    run(f"{folder}/resumed", f"{folder}/straight/checkpoint-{3 * STEP_SAMPLES}")
+    for leg in json.loads(plan):
+        run(folder, leg)
     torch.distributed.destroy_process_group()
 
 
