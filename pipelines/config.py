@@ -63,8 +63,9 @@ class RowFilters:
 class StreamConfig:
     """One input: a list of URLs and captions, as one CSV, TSV, Parquet or JSONL file, a folder or a glob of them.
 
-    `columns` names a built-in column map (webvid, laion2b-en, re-laion, msrvtt, generic) or is one:
-    "url=link,caption=title". With `drop_duplicates`, of the rows of one URL that pass the filters the first is kept;
+    `columns` names a built-in column map (webvid, laion2b-en, re-laion, msrvtt, generic, encoded) or is one:
+    "url=link,caption=title". One with bytes ("encoded", or "bytes=jpg,caption=txt") is of Parquet files that hold the
+    media themselves. With `drop_duplicates`, of the rows of one URL that pass the filters the first is kept;
     to find the others takes 24 bytes a row on the driver's disk for temporary files.
     """
 
