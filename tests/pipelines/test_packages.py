@@ -79,6 +79,10 @@ def lists(corpus):
     return found
 
 
+def rows_of(folder):
+    return [row for file in folder.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_both_packages_output_is_an_input(ray_session, lists, tiny_model, tmp_path, kind):
     videos, pictures = lists
@@ -95,8 +99,7 @@ def test_both_packages_output_is_an_input(ray_session, lists, tiny_model, tmp_pa
     lost = {"tar": ({"not_media": 1}, {}), "parquet": ({}, {"empty": 1})}[kind]
     assert [funnel[stream] for stream in ("videos", "images")] == [{"ok": ROWS - 1} | one for one in lost]
     for stream, (urls, captions) in (("videos", videos), ("images", pictures)):
-        latents = pq.read_table(tmp_path / "run/data/latents" / stream).to_pylist()
+        latents, ledger = (rows_of(tmp_path / "run/data" / part / stream) for part in ("latents", "ledger"))
         assert {row["caption"] for row in latents} == {one for row, one in enumerate(captions) if row != MISSING}
-        ledger = pq.read_table(tmp_path / "run/data/ledger" / stream).to_pylist()
         if kind == "parquet":
             assert {row["url"] for row in ledger if row["status"] == "ok"} == set(urls) - {urls[MISSING]}
