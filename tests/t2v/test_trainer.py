@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from t2v import shards, storage
 from t2v.config import MixConfig, TrainConfig
-from t2v.export import read_unet
 from t2v.shards import LatentInfo, write_shard
 from t2v.trainer import ema_decay, learning_rate
 from tests.t2v.train_ranks import STEP_SAMPLES, job
