@@ -8,7 +8,7 @@ b samples, c channels, f frames, h w latent size, l tokens, d text width.
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -51,7 +51,7 @@ class Host(Protocol):
         """Whether a machine of the run is about to be taken away; all ranks ask at once, and hear the same."""
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """Too many steps after each other whose gradient was not finite."""
 
 
@@ -109,12 +109,11 @@ class Trainer:
         if self.record:
             print(f"[train] {self.samples:,}/{self.job.samples:,} samples at the start", flush=True)
         feed = Feed(
-            self.inventory,
-            self.step,
-            self.slots,
-            self.job.seed,
-            self.job.train.shuffle_rows,
+            self.job,
+            self.rank,
+            torch.distributed.get_world_size(),
             first_step=self.samples // self.step.total,
+            draw=self.diffusion.draw,
             pin=self.engine.device.type == "cuda",
         )
         with closing(feed):
@@ -162,14 +161,16 @@ class Trainer:
             if wants_stop:
                 return
 
-    def _train_step(self, batches: list[Batch]) -> tuple[bool, bool]:
+    def _train_step(self, batches: Iterator[Batch]) -> tuple[bool, bool]:
         """One step; returns whether to look for preemption and whether a rank is to stop, the same on all ranks.
 
         One all-reduce carries those votes and what the log tells of losses: their sum and number in each stream and
         quarter of the timesteps. It is read once `update`, which waits for the gradient, has let it arrive.
         """
         tally = torch.zeros(len(STREAMS) * BUCKETS + 1, 2, device=self.engine.device)
+        own = []  # what this rank trains on, for a diagnosis
         for batch in batches:
+            own.append(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}")
             losses, timesteps = self._losses(batch)
             self.engine.backward(losses.mean(), batch.slot.weight)
             row = STREAMS.index(batch.slot.stream) * BUCKETS + timesteps * BUCKETS // self.diffusion.config.timesteps
@@ -186,14 +187,14 @@ class Trainer:
         applied = self.engine.update(rate, decay)
         if copied:
             copied.synchronize()
-        self._count(applied, batches, arrived)
+        self._count(applied, own, arrived)
         look, stop = arrived[-1].tolist()
         if look:
             self.looked = time.monotonic()
         self.tallies.append(arrived[:-1])
         return look > 0, stop > 0
 
-    def _count(self, applied: bool, batches: list[Batch], tally: Tensor) -> None:
+    def _count(self, applied: bool, own: list[str], tally: Tensor) -> None:
         """Keeps count of the steps that were left out, and gives up with a diagnosis after too many in a row."""
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         self.skipped_steps += not applied
@@ -201,28 +202,27 @@ class Trainer:
             sums = tally[:-1, 0].view(len(STREAMS), BUCKETS)
             bad = [f"{stream} timesteps {1000 * place // BUCKETS}" for stream, row in zip(STREAMS, sums, strict=True)
                    for place, value in enumerate(row.tolist()) if not math.isfinite(value)]  # fmt: skip
-            own = ", ".join(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}" for batch in batches)
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite; the last at "
                 f"{self.samples:,} samples, learning rate {learning_rate(self.job.train, self.samples):.3g}, "
                 f"losses not finite: {', '.join(bad) or 'none, so they overflow in the backward pass'}; rank "
-                f"{self.rank} trained on {own}. The last checkpoint is from before: try a lower train.learning_rate "
-                "or train.clip_norm, another train.precision, or look for these samples' rows"
+                f"{self.rank} trained on {', '.join(own)}. The last checkpoint is from before: try a lower "
+                "train.learning_rate or train.clip_norm, another train.precision, or look for these samples' rows"
             )
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Eq. 5 for one slot's samples [b], and their timesteps [b]; (seed, stream, sample) keys all chance."""
         device = self.engine.device
         latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
-        draw = self.diffusion.draw(f"{self.job.seed} {batch.slot.stream}", batch.sample, latents.shape[1:])
         if batch.logvar is not None:
             deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
-            latents += deviation * draw.posterior_noise.to(device, non_blocking=True)
+            latents += deviation * batch.draw.posterior_noise.to(device, non_blocking=True)
         latents *= self.inventory[batch.slot.stream][0].info.scale
-        text = self.text.encode(draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
+        text = self.text.encode(batch.draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
         dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
-        noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
+        noise = batch.draw.noise.to(device, non_blocking=True)
+        timesteps = batch.draw.timesteps.to(device, non_blocking=True)
         return self.diffusion.loss(self._predict, latents, text, timesteps, noise), timesteps
 
     def _predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from t2v.watch import Pulse, Watch
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
-HOPELESS = (ValueError, FileNotFoundError, ImportError)  # what the same data and configuration would meet again
+HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # what the same data and configuration would meet again
 GAUGES = {
     "samples_per_s": "Samples of both streams a second",
     "data_wait_share": "Share of the time spent waiting for data",
@@ -183,7 +183,7 @@ class _Failures(UserCallback):
         """Raises what ends the run: a mistake that would be met again, or one failure too many."""
         causes = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
         for cause in causes:
-            if isinstance(cause, HOPELESS) or type(cause).__name__ == "Diverged":
+            if isinstance(cause, HOPELESS):
                 raise cause
         self._count += 1
         what = f"{type(causes[0]).__name__}: {str(causes[0]).strip().splitlines()[0] if str(causes[0]) else ''}"
@@ -308,6 +308,7 @@ def _keep_identity(job: TrainJob) -> None:
         "text": asdict(job.model.text),
         "mix": asdict(job.train.mix),
         "shuffle_rows": job.train.shuffle_rows,
+        "held_out_rows": job.train.held_out_rows,
         "diffusion": asdict(job.diffusion),
     }
     if not storage.exists(path):
