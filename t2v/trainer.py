@@ -87,6 +87,7 @@ class Trainer:
         self.diffusion = Diffusion(job.diffusion)
         state = self._resume(checkpoints)
         self.samples, self.skipped_steps = state["samples"], state["skipped_steps"]
+        self.checkpointed = self.samples
         self.skipped_in_a_row = 0
         self.staged: Staged | None = None  # the last checkpoint, perhaps still on its way
         self.stall_s = 0.0
@@ -284,8 +285,9 @@ class Trainer:
         state = {"samples": self.samples, "skipped_steps": self.skipped_steps, "job": asdict(self.job)}
         self.staged = self.engine.stage(state)
         train = self.job.train
-        milestone = _crossed(self.samples, train.checkpoint_every_samples, train.milestone_every_samples)
+        milestone = _crossed(self.samples, self.samples - self.checkpointed, train.milestone_every_samples)
         self.host.report(self.staged, self.samples, milestone or self.samples == self.job.samples)
+        self.checkpointed = self.samples
         self.stall_s = time.monotonic() - begun
 
 

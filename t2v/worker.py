@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -33,14 +33,21 @@ from ray.util.metrics import Gauge
 
 from t2v import shards, storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
-from t2v.engine import Staged
 from t2v.job import STREAMS, TrainJob
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
 
+if TYPE_CHECKING:
+    from t2v.engine import Staged
+
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
-HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # what the same data and configuration would meet again
+HOPELESS = (
+    ValueError,
+    ArithmeticError,
+    FileNotFoundError,
+    ImportError,
+)  # what the same data and configuration would meet again
 GAUGES = {
     "samples_per_s": "Samples of both streams a second",
     "data_wait_share": "Share of the time spent waiting for data",
@@ -143,7 +150,7 @@ class _Host:
         self._gauges = _Gauges()
         self.observe = self._gauges.set
 
-    def report(self, staged: Staged, samples: int, milestone: bool) -> None:
+    def report(self, staged: "Staged", samples: int, milestone: bool) -> None:
         """Has Ray Train write a checkpoint in a thread of its own, and commit it once all ranks have."""
         place = ray.train.get_context().get_storage()
 

@@ -1,0 +1,380 @@
+"""Training at the published size through jobs/train.py, and what its engine costs beside plain PyTorch.
+
+python tests/benchmarks/train_gpu.py FOLDER PART ...      parts: bare, job=N, packed=N, rank=N, engines=N; N are GPUs
+
+A GPU trains on 40 images and 18 clips a step, in micro-batches of 40 images and of 9 clips (latents 4 x 16 x 32 x 32,
+text 77 x 1024); with `packed` and `rank` on its share of the batch sizes that the paper prints. `bare` is the UNet
+alone on random inputs: forward and backward of the same micro-batches, AdamW on fp32 masters, on one GPU. Weights and
+latents are random. `--tiny` is the same at a size that a CPU bears, to try the script.
+"""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from header import PROJECT, PYTHON, header
+
+sys.path.insert(0, str(PROJECT))
+TINY = "--tiny" in sys.argv
+IMAGES, CLIPS, MICRO = (4, 2, 1) if TINY else (40, 18, 9)
+FRAMES, SIZE = (4, 32) if TINY else (16, 256)
+PRINTED = {"images_per_step": 140, "videos_per_step": 320}  # a tenth of the paper's, for 4 of 80 GPUs twice the work
+UNET = {"block_out_channels": [32, 64], "layers_per_block": 1, "head_dim": 16, "norm_groups": 16, "text_dim": 64}
+TEXT = {"weights": "random", "width": 64, "heads": 4, "layers": 3} if TINY else {"weights": "random"}
+LINES = 4 if TINY else 10  # of the log that are measured, after as many as it takes to warm up
+WARM_LINES = 2 if TINY else 3
+
+
+def prepare(folder: Path) -> None:
+    """Latent shards of random numbers, with variances, as the preparation writes them."""
+    import numpy as np
+
+    from t2v.shards import LatentInfo, encoder_id, write_shard
+
+    rng = np.random.default_rng(0)
+    encoder = encoder_id(str(PROJECT / "t2v/assets/nano_vae"))
+    for stream, frames, shards in (("images", 1, 2), ("videos", FRAMES, 8)):
+        info = LatentInfo(stream, (4, frames, SIZE // 8, SIZE // 8), encoder, 1.0, "settings")
+        for index in range(shards):
+            rows = 400
+            path = folder / "data/latents" / stream / f"{index}.parquet"
+            if path.exists():
+                continue
+            mean = rng.standard_normal((rows, *info.shape), dtype=np.float32).astype(np.float16)
+            names = [f"{stream} {index} {row}" for row in range(rows)]
+            captions = [
+                f"a caption of some fifteen words about {name} that has the length of those on the web"
+                for name in names
+            ]
+            write_shard(str(path), info, names, captions, mean, mean - 4, [3.0] * rows, [0.0] * rows)
+
+
+def job(folder: Path, gpus: int, mix: dict[str, Any], name: str) -> dict[str, float]:
+    """Runs jobs/train.py until enough lines are logged, then stops it as a cluster would; medians of its log."""
+    run_dir = folder / name
+    run_dir.mkdir()
+    (run_dir / "data").symlink_to(folder / "data")
+    settings = {
+        "run_dir": str(run_dir),
+        "data": {"size": SIZE, "frames": FRAMES},
+        "model": {"vae": str(PROJECT / "t2v/assets/nano_vae"), "text": TEXT} | ({"unet": UNET} if TINY else {}),
+        "train": {
+            "workers": gpus, "gpus_per_worker": 0 if TINY else 1, "cpus_per_worker": 1 if TINY else 8, "samples": 10**8,
+            "precision": "fp32" if TINY else "bf16", "log_every_s": 0.5 if TINY else 4.0, "shuffle_rows": 800,
+            "checkpoint_every_samples": 60 * gpus * (IMAGES + CLIPS), "milestone_every_samples": 10**8,
+            "mix": {"slots": 8} | mix,
+        },
+        "sample": {"frames": FRAMES},
+    }  # fmt: skip
+    (run_dir / "config.yaml").write_text(json.dumps(settings))
+    log = (run_dir / "log.txt").open("w")
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ADDRESS": "local",
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
+    command = [PYTHON, "jobs/train.py", "--config", str(run_dir / "config.yaml")]
+    begun = time.monotonic()
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log, env=environment)
+    lines: list[dict] = []
+    while process.poll() is None and len(lines) < WARM_LINES + LINES and time.monotonic() - begun < 240:
+        time.sleep(0.5)
+        path = run_dir / "train/log.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=200)
+    text = (run_dir / "log.txt").read_text()
+    if process.returncode or len(lines) < WARM_LINES + 2:
+        print(f"{name}: failed with code {process.returncode}\n{text[-4000:]}", flush=True)
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return summary(name, lines, time.monotonic() - begun, gpus)
+
+
+def summary(name: str, lines: list[dict], seconds: float, gpus: int) -> dict[str, float]:
+    measured = lines[WARM_LINES:]
+    medians = {key: statistics.median(line[key] for line in measured if key in line) for key in measured[-1]}
+    rate = sum(line["samples_per_s"] * line["seconds"] for line in measured) / sum(line["seconds"] for line in measured)
+    print(
+        f"{name:<12} {gpus} GPUs  {rate:7.2f} samples/s (median {medians['samples_per_s']:.2f})  "
+        f"waiting for data {medians['data_wait_share']:.2%}  memory {lines[-1]['memory_gib']:.1f} GiB  "
+        + "  ".join(
+            f"{key} {medians[key]:.2f}" for key in ("checkpoint_s", "checkpoint_stall_s", "mfu") if key in medians
+        )
+        + f"  first line after {lines[0]['seconds']:.0f} s of steps, {seconds:.0f} s in all",
+        flush=True,
+    )
+    return medians | {"rate": rate}
+
+
+def even(gpus: int) -> dict[str, Any]:
+    """Every rank has the same images and clips."""
+    lanes = {"images_per_step": IMAGES * gpus, "videos_per_step": max(7, CLIPS * gpus)}
+    return {"schedule": "packed", "micro_frames": max(IMAGES, MICRO * FRAMES)} | lanes
+
+
+def printed(schedule: str) -> dict[str, Any]:
+    sizes = {"images_per_step": 8, "videos_per_step": 14} if TINY else PRINTED
+    return {"schedule": schedule, "micro_frames": MICRO * FRAMES} | sizes
+
+
+def inputs(rank: int, dtype: Any) -> list[tuple]:
+    """The micro-batches of a step: latents, timesteps, text and noise."""
+    import torch
+
+    device = "cpu" if TINY else "cuda"
+    generator = torch.Generator(device).manual_seed(rank)
+    draw = {"device": device, "dtype": dtype, "generator": generator}
+    batches = []
+    for count, frames in ((IMAGES, 1), *[(MICRO, FRAMES)] * (CLIPS // MICRO)):
+        latents = torch.randn(count, 4, frames, SIZE // 8, SIZE // 8, **draw)
+        timesteps = torch.randint(0, 1000, (count,), device=device, generator=generator)
+        text = torch.randn(count, 77, UNET["text_dim"] if TINY else 1024, **draw)
+        batches.append((latents, timesteps, text, torch.randn_like(latents)))
+    return batches
+
+
+def config() -> Any:
+    from t2v.config import UNetConfig
+
+    return UNetConfig(**UNET) if TINY else UNetConfig()
+
+
+def timed(step: Any, repeats: int = 3 if TINY else 12) -> float:
+    """Median seconds of a step, after three that warm up."""
+    import torch
+
+    times = []
+    for index in range(repeats + 3):
+        begun = time.perf_counter()
+        step()
+        if not TINY:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun if index >= 3 else 0)
+    return statistics.median(times[3:])
+
+
+def bare() -> float:
+    """Seconds of a step of the UNet alone."""
+    import torch
+    import torch.nn.functional as F
+
+    from t2v.unet import UNet
+
+    dtype = torch.float32 if TINY else torch.bfloat16
+    with torch.device("cpu" if TINY else "cuda"):
+        unet = UNet(config()).to(dtype).train()
+    weights = list(unet.parameters())
+    masters = [weight.detach().float().clone() for weight in weights]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=not TINY)
+    batches = inputs(0, dtype)
+
+    def step() -> None:
+        for latents, timesteps, text, noise in batches:
+            F.mse_loss(unet(latents, timesteps, text).float(), noise.float()).backward()
+        torch._foreach_copy_([master.grad for master in masters], [weight.grad for weight in weights])
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+        for weight in weights:
+            weight.grad = None
+
+    return timed(step)
+
+
+def engine_rank(kind: str) -> None:
+    """One rank of a comparison of engines, under torchrun."""
+    import torch
+    import torch.distributed
+
+    rank = int(os.environ["RANK"])
+    torch.backends.cudnn.benchmark = True
+    if TINY:
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("gloo" if TINY else "nccl")
+    step = {"zero": zero_step, "ddp": ddp_step, "fsdp": fsdp_step}[kind.rstrip("0123")](rank, kind)
+    seconds = timed(step)
+    if rank == 0:
+        world = torch.distributed.get_world_size()
+        memory = 0.0 if TINY else torch.cuda.max_memory_allocated() / 2**30
+        rate = world * (IMAGES + CLIPS) / seconds
+        print(
+            f"{kind:<12} {world} GPUs  {rate:7.2f} samples/s  {seconds * 1e3:7.1f} ms a step  memory {memory:.1f} GiB",
+            flush=True,
+        )
+    torch.distributed.destroy_process_group()
+
+
+def zero_step(rank: int, kind: str) -> Any:
+    import torch
+    import torch.nn.functional as F
+
+    from t2v.config import TrainConfig
+    from t2v.engine import Engine
+    from t2v.unet import UNet
+
+    settings = TrainConfig(zero_stage=int(kind[-1]), precision="fp32" if TINY else "bf16")  # type: ignore[arg-type]
+    engine = Engine(UNet(config()), settings, 1 + CLIPS // MICRO)
+    batches = inputs(rank, engine.dtype)
+
+    def step() -> None:
+        for latents, timesteps, text, noise in batches:
+            loss = F.mse_loss(engine.unet(latents, timesteps, text).float(), noise.float())
+            engine.backward(loss, 1 / len(batches) / torch.distributed.get_world_size())
+        engine.update(1e-5, 0.999)
+
+    return step
+
+
+def ddp_step(rank: int, kind: str) -> Any:
+    """DistributedDataParallel on bf16 weights, with fp32 masters, moments and average on every rank."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.parallel import DistributedDataParallel
+
+    from t2v.unet import UNet
+
+    dtype = torch.float32 if TINY else torch.bfloat16
+    with torch.device("cpu" if TINY else "cuda"):
+        unet = UNet(config()).to(dtype).train()
+    model = DistributedDataParallel(unet, gradient_as_bucket_view=True)
+    weights = list(unet.parameters())
+    masters = [weight.detach().float().clone() for weight in weights]
+    average = [master.clone() for master in masters]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=not TINY)
+    batches = inputs(rank, dtype)
+
+    def step() -> None:
+        for number, (latents, timesteps, text, noise) in enumerate(batches, 1):
+            model.require_backward_grad_sync = number == len(batches)
+            F.mse_loss(model(latents, timesteps, text).float(), noise.float()).backward()
+        gradients = [master.grad for master in masters]
+        torch._foreach_copy_(gradients, [weight.grad for weight in weights])
+        torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, masters, 1e-3)
+            torch._foreach_copy_(weights, masters)
+        unet.zero_grad(set_to_none=False)
+
+    return step
+
+
+def fsdp_step(rank: int, kind: str) -> Any:
+    """fully_shard of each level and the whole: fp32 shards, bf16 compute, gradients reduced in fp32; gathered once a
+    step (reshard_after_forward off), as ZeRO-2 does."""
+    import torch
+    import torch.nn.functional as F
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from t2v.unet import UNet
+
+    dtype = torch.float32 if TINY else torch.bfloat16
+    mesh = init_device_mesh("cpu" if TINY else "cuda", (torch.distributed.get_world_size(),))
+    with torch.device("cpu" if TINY else "cuda"):
+        unet = UNet(config()).train()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for part in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    weights = list(unet.parameters())
+    average = [weight.detach().to_local().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=not TINY)
+    batches = inputs(rank, dtype)
+
+    def step() -> None:
+        for number, (latents, timesteps, text, noise) in enumerate(batches, 1):
+            unet.set_requires_gradient_sync(number == len(batches))
+            unet.set_reshard_after_backward(number == len(batches))
+            F.mse_loss(unet(latents, timesteps, text).float(), noise.float()).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, [weight.to_local() for weight in weights], 1e-3)
+        unet.zero_grad(set_to_none=True)
+
+    return step
+
+
+def engines(gpus: int) -> None:
+    for kind in ("zero2", "ddp", "fsdp", "zero1", "zero3"):
+        command = [
+            PYTHON,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={gpus}",
+            __file__,
+            "-",
+            f"rank:{kind}",
+        ]
+        done = subprocess.run(
+            [*command, *(["--tiny"] if TINY else [])], capture_output=True, text=True, timeout=240, cwd=PROJECT
+        )
+        print(
+            done.stdout.strip() if done.returncode == 0 else f"{kind}: failed\n{(done.stdout + done.stderr)[-2500:]}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    folder, *parts = (argument for argument in sys.argv[1:] if argument != "--tiny")
+    if parts[0].startswith("rank:"):
+        return engine_rank(parts[0].split(":")[1])
+    print(header(), flush=True)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(folder) / "triton"))
+    if not TINY:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        print(f"devices   {'; '.join(subprocess.check_output(query, text=True).splitlines())}", flush=True)
+    prepare(Path(folder))
+    rates: dict[str, float] = {}
+    for part in parts:
+        name, _, number = part.partition("=")
+        gpus = int(number or 1)
+        if name == "bare":
+            done = subprocess.run(
+                [PYTHON, __file__, "-", "rank:bare", *(["--tiny"] if TINY else [])],
+                cwd=PROJECT,
+                capture_output=True,
+                text=True,
+            )
+            print(done.stdout.strip() or done.stderr[-2000:], flush=True)
+            if found := re.search(r"([\d.]+) samples/s", done.stdout):
+                rates["bare"] = float(found[1])
+        elif name == "engines":
+            engines(gpus)
+        else:
+            found = job(Path(folder), gpus, even(gpus) if name == "job" else printed(name), f"{name}-{gpus}")
+            rates[part] = found.get("rate", 0)
+            if name == "job" and "bare" in rates:
+                print(f"             {rates[part] / gpus / rates['bare']:.1%} of the bare step, a GPU", flush=True)
+    if "packed=4" in rates and "rank=4" in rates:
+        print(f"idle share of `rank`, measured by the time of `packed`: {1 - rates['rank=4'] / rates['packed=4']:.1%}")
+
+
+if __name__ == "__main__":
+    if "rank:bare" in sys.argv:
+        import torch
+
+        torch.backends.cudnn.benchmark = True
+        seconds = bare()
+        peak = 0.0 if TINY else torch.cuda.max_memory_allocated() / 2**30
+        print(
+            f"{'bare':<12} 1 GPU   {(IMAGES + CLIPS) / seconds:7.2f} samples/s  "
+            f"{seconds * 1e3:7.1f} ms a step  memory {peak:.1f} GiB"
+        )
+    else:
+        main()
