@@ -180,7 +180,12 @@ def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterat
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs=settings,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(data.encode.workers, len(tasks))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=min(data.encode.workers, len(tasks)),
+                max_concurrent_calls_per_actor=data.encode.shards_at_once,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=data.encode.cpus_per_worker,
             num_gpus=data.encode.gpus_per_worker,
         )
