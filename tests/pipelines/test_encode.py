@@ -1,6 +1,7 @@
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Barrier
 
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pytest
 
 from pipelines.config import DataConfig, EncodeConfig, StreamConfig
 from pipelines.encode import ShardEncoder, _in_order
-from pipelines.prepare import ShardFetcher, _plans
+from pipelines.prepare import ShardFetcher, _plans, prepare
+from t2v import storage
 from t2v.shards import encoder_id
 
 SEED, SHARDS = 3, 4
@@ -56,6 +58,18 @@ def test_shards_that_are_made_side_by_side_are_those_made_one_after_another(give
         encoder.selection._decoders.close()
     assert files(tmp_path / "together") == files(tmp_path / "alone")
     assert len(files(tmp_path / "alone")) == 2 * SHARDS
+
+
+def test_ray_gives_a_worker_two_shards_at_once(given, ray_session, monkeypatch, tmp_path):
+    settings, _, tasks = given
+    monkeypatch.setattr(EncodeConfig, "shards_at_once", 2)  # as on a GPU
+    funnel = prepare(str(tmp_path), settings["data"], settings["vae_path"], SEED)
+    assert funnel["images"] == {"ok": sum(task["rows"] for task in tasks)}
+    done = sorted(tmp_path.glob("data/done/images/*.json"))
+    assert [path.stem for path in done] == [task["name"] for task in tasks]
+    spans = [(one["ended"] - one["seconds"]["encode"], one["ended"]) for one in map(storage.read_json, map(str, done))]
+    spans.sort()
+    assert any(begun < ended for (_, ended), (begun, _) in pairwise(spans))
 
 
 def test_rows_are_decoded_ahead_while_a_batch_is_encoded():
