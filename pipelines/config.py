@@ -143,6 +143,11 @@ class EncodeConfig:
         at_least(0, self, "gpus_per_worker")
         above_zero(self, "cpus_per_worker")
 
+    @property
+    def shards_at_once(self) -> int:
+        """Of one worker: while one is unpacked or written, its GPU has frames of the other."""
+        return 2 if self.gpus_per_worker else 1
+
 
 @dataclass
 class ClipFilters:

@@ -1,6 +1,7 @@
 """Ray Data's second stage: one shard's downloads -> frames -> latents, ledger and summary.
 
-Decoded frames never leave the task; its decoders are processes of its own, each fed by a thread.
+Decoded frames never leave the task; its decoders are processes of its own, each fed by a thread. They work ahead while
+the VAE has a batch, and a second shard of the same actor while the first one is unpacked or written.
 k clips of frames [f, y, x, 3]; c latent channels, h w latent size.
 torch and the VAE are imported where an encoder is made, so that the driver need not wait for them.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +52,10 @@ class _Row:
 
 
 class ShardEncoder:
-    """Holds the VAE and makes one shard a call: latents are committed first, then the ledger, the summary last."""
+    """Holds the VAE and makes one shard a call: latents are committed first, then the ledger, the summary last.
+
+    Several threads may call it, which share its decoders; the VAE has one batch at a time.
+    """
 
     def __init__(self, data_dir: str, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
         import torch
@@ -64,6 +69,7 @@ class ShardEncoder:
             raise ValueError(f"{vae_path}: weights {self.vae.id} here, but {encoder} where the run was started")
         black = torch.zeros(1, data.size, data.size, 3, dtype=torch.uint8)
         self.channels, self.height, self.width = self.vae.encode(black)[0].shape[1:]  # or tells that it is broken
+        self.vae_is_free = Lock()
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
         self.meters = Meters()
@@ -81,9 +87,8 @@ class ShardEncoder:
         kept: list[_Row] = []
         looks: list[np.ndarray] = []
         seen = Seen(self.data.filters.duplicate_bits or 0)
-        decoded = _in_order(
-            self.pool, lambda row: self._decode(task["stream"], row), _rows(downloads), 2 * self.threads
-        )
+        ahead = at_once + 2 * self.threads  # the next batch is decoded while the VAE has this one
+        decoded = _in_order(self.pool, lambda row: self._decode(task["stream"], row), _rows(downloads), ahead)
         unlike = _unlike(decoded, seen)
         while group := list(islice(unlike, at_once)):
             entries += [row.entry for row in group]
@@ -130,10 +135,11 @@ class ShardEncoder:
         if not clips:
             return []
         frames = torch.from_numpy(np.concatenate([clip.frames for _, _, clip in clips]))
-        mean, logvar = (
-            part.unflatten(0, (len(clips), -1)).transpose(1, 2).half().cpu().numpy()  # k c f h w
-            for part in self.vae.encode(frames)
-        )
+        with self.vae_is_free:
+            mean, logvar = (
+                part.unflatten(0, (len(clips), -1)).transpose(1, 2).half().cpu().numpy()  # k c f h w
+                for part in self.vae.encode(frames)
+            )
         return [
             _Row(row_id, caption, clip.source_fps, clip.start_s, mean[index], logvar[index])
             for index, (row_id, caption, clip) in enumerate(clips)

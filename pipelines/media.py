@@ -7,6 +7,7 @@ Of a video only what the window needs is decoded. Its times are read off the pac
 the packets from the keyframe before the window on, less those of H.264 that are neither wanted nor used by any other
 picture, and nothing after the last wanted one. Where packets do not tell for sure (times that are missing or double,
 interlaced pictures, a wanted frame that does not come), every frame of the window is decoded and seen in order.
+HDR is tone-mapped once it is small.
 """
 
 import io
@@ -29,6 +30,8 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
+
+from pipelines.hdr import FORMAT, is_hdr, toned
 
 if TYPE_CHECKING:  # PyArrow is not for the processes that decode
     from pipelines.ledger import Status
@@ -247,7 +250,7 @@ def _planned(
             return []
         before = frame.pts
         if frame.pts in wanted:
-            squares[frame.pts] = square(_rgb(frame, converter), size)
+            squares[frame.pts] = _square(frame, converter, size)
     return [squares[time] for time in wanted] if squares.keys() >= set(wanted) else []
 
 
@@ -319,7 +322,7 @@ def _seen(
     frames = _decoded_from(container, stream, span, ticks[0])
     if watched is not None:
         frames = _watching(frames, span, ticks, watched)
-    return [square(_rgb(frame, converter), size) for frame in _shown(frames, span, ticks)]
+    return [_square(frame, converter, size) for frame in _shown(frames, span, ticks)]
 
 
 def _watching(
@@ -370,11 +373,14 @@ def _decoded_from(
             return
 
 
-def _rgb(frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
+def _square(frame: VideoFrame, converter: VideoReformatter, size: int) -> np.ndarray:
     if frame.is_corrupt:
         raise MediaError("corrupt", f"the frame at {frame.time:.2f} s is damaged")
-    image = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # its tables are made once a clip
-    return np.rot90(image, frame.rotation // 90)
+    deep = is_hdr(frame)
+    pixels = FORMAT if deep else "rgb24"
+    image = converter.reformat(frame, format=pixels, threads=1).to_ndarray()  # its tables are made once a clip
+    upright = square(np.rot90(image, frame.rotation // 90), size)
+    return toned(upright, frame) if deep else upright
 
 
 def square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:

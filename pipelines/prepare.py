@@ -34,6 +34,8 @@ from t2v.shards import Shard, encoder_id, info_from_json, write_index
 BLOCKS = 1000
 _SHARDS_AT_ONCE = 10_000
 
+_CLIPS_VERSION = 2  # counts up when equal settings come to give other frames: since 2 HDR is tone-mapped
+
 _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.string(), "seconds": pa.float32()}
 
 
@@ -180,7 +182,12 @@ def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterat
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs=settings,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(data.encode.workers, len(tasks))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=min(data.encode.workers, len(tasks)),
+                max_concurrent_calls_per_actor=data.encode.shards_at_once,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=data.encode.cpus_per_worker,
             num_gpus=data.encode.gpus_per_worker,
         )
@@ -213,7 +220,7 @@ def _settings_hash(stream: Stream, data: DataConfig, encoder: str, seed: int) ->
         "encoder": encoder,
     }
     if stream == "videos":
-        settings |= {"frames": data.frames, "fps": data.fps, "seed": seed}
+        settings |= {"version": _CLIPS_VERSION, "frames": data.frames, "fps": data.fps, "seed": seed}
         if data.windows > 1:
             settings["windows"] = data.windows
     if data.filters != ClipFilters():

@@ -309,6 +309,14 @@ def test_large_and_small_jpegs(size):
     assert np.abs(frames[0].astype(int) - np.asarray(expected)).mean() < 2
 
 
+@pytest.mark.parametrize("side", [90, 300, 601, 2000])
+def test_both_decoders_of_jpegs_give_the_same_pixels_at_every_scale(side):
+    noise = np.random.default_rng(0).integers(0, 256, (side, side + 7, 3), np.uint8)
+    data = saved(Image.fromarray(cv2.GaussianBlur(noise, (5, 5), 0)), "JPEG", quality=90)
+    by_pillow = data + b"\0"  # does not end as it should, which is Pillow's to look at
+    np.testing.assert_array_equal(read_image(data, 64), read_image(by_pillow, 64))
+
+
 def test_a_picture_is_turned_upright():
     image = Image.new("RGB", (64, 64), RED)
     image.paste(BLUE, (0, 0, 64, 32))
