@@ -17,8 +17,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -35,6 +37,7 @@ SHAPE = (4, 16, 32, 32)
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1"}
 
 Batches = Iterator[tuple[list[torch.Tensor], list[str]]]  # latents (mean, perhaps logvar), captions
+Epochs = Generator[Batches, None, None]
 
 
 def latents(first: int, count: int, columns: int) -> list[np.ndarray]:
@@ -95,7 +98,7 @@ class Forgets(set):
         return False
 
 
-def by_feed(folder: Path, columns: int, verifying: bool = False) -> Iterator[Batches]:
+def by_feed(folder: Path, columns: int, verifying: bool = False) -> Epochs:
     """One image a step beside 32 videos, because a step has both; images are not counted."""
     from dataclasses import replace
 
@@ -117,8 +120,9 @@ def by_feed(folder: Path, columns: int, verifying: bool = False) -> Iterator[Bat
         for _, batch in islice(steps, ROWS // BATCH):
             yield [part for part in (batch.mean, batch.logvar) if part is not None], batch.captions
 
-    while True:
-        yield epoch()
+    with closing(feed):
+        while True:
+            yield epoch()
 
 
 def stacked(parts: list[list[bytes]]) -> list[torch.Tensor]:
@@ -131,7 +135,7 @@ def stacked(parts: list[list[bytes]]) -> list[torch.Tensor]:
     return tensors
 
 
-def by_webdataset(folder: Path, columns: int) -> Iterator[Batches]:
+def by_webdataset(folder: Path, columns: int) -> Epochs:
     import webdataset
 
     names = [f"{index}.bin" for index in range(columns)]
@@ -147,7 +151,7 @@ def by_webdataset(folder: Path, columns: int) -> Iterator[Batches]:
         yield epoch()
 
 
-def by_streaming(folder: Path, columns: int) -> Iterator[Batches]:
+def by_streaming(folder: Path, columns: int) -> Epochs:
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
@@ -163,7 +167,7 @@ def by_streaming(folder: Path, columns: int) -> Iterator[Batches]:
         yield iter(DataLoader(dataset, BATCH, collate_fn=collate))
 
 
-def by_ray(folder: Path, columns: int) -> Iterator[Batches]:
+def by_ray(folder: Path, columns: int) -> Epochs:
     """The Parquet files of t2v/feed.py, whose binary columns become tensors in the collate function."""
     import ray
     from ray.data.collate_fn import ArrowBatchCollateFn
@@ -186,7 +190,7 @@ def by_ray(folder: Path, columns: int) -> Iterator[Batches]:
         yield iter(dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=WINDOW, collate_fn=Collate()))
 
 
-READERS: dict[str, tuple[Callable[[Path, int], Iterator[Batches]], str]] = {
+READERS: dict[str, tuple[Callable[[Path, int], Epochs], str]] = {
     "t2v/feed.py": (by_feed, "feed"),
     "  verifying": (partial(by_feed, verifying=True), "feed"),
     "webdataset": (by_webdataset, "webdataset"),
@@ -214,21 +218,22 @@ def cpu_seconds() -> float:
 def measure(name: str, folder: Path, columns: int) -> float:
     """Clips a CPU second, where every epoch has every row once."""
     reader, layout = READERS[name]
-    epochs = reader(folder / layout, columns)
-    used = 0.0
-    for number, epoch in enumerate(islice(epochs, EPOCHS + 1)):
-        begun = cpu_seconds()
-        captions = []
-        for parts, names in epoch:
-            assert len(parts) == columns and parts[0].shape[1:] == SHAPE and parts[0].dtype == torch.float16
-            captions += names
-        used += (cpu_seconds() - begun) * (number > 0)
-        assert len(captions) == len(set(captions)) == ROWS
-    return EPOCHS * ROWS / used
+    used = []
+    with closing(reader(folder / layout, columns)) as epochs:
+        for epoch in islice(epochs, 1 + EPOCHS):
+            begun = cpu_seconds()
+            captions = []
+            for parts, names in epoch:
+                assert len(parts) == columns and parts[0].shape[1:] == SHAPE and parts[0].dtype == torch.float16
+                captions += names
+            used.append(cpu_seconds() - begun)
+            assert len(captions) == len(set(captions)) == ROWS
+    return EPOCHS * ROWS / sum(used[1:])
 
 
 def main() -> None:
     print(header())
+    print("others   ", ", ".join(f"{name} {version(name)}" for name in ("webdataset", "mosaicml-streaming")))
     for columns, title in ((1, "mean"), (2, "mean and variance")):
         folder = Path(tempfile.mkdtemp(prefix="feed-"))
         write(folder, columns)
@@ -251,5 +256,5 @@ def main() -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))))
-        os._exit(0)
-    main()
+    else:
+        main()
