@@ -33,6 +33,14 @@ class Epoch(NamedTuple):
     rows: np.ndarray
 
 
+def begin_anew(job: TrainJob) -> None:
+    """Forgets what was written of epochs, where nothing has been trained yet, so that the shards of now are listed."""
+    for part in ("epochs", "skipped"):
+        folder = storage.join(job.run_dir, "train", part)
+        for name in storage.listing(folder):
+            storage.remove(storage.join(folder, name))
+
+
 class Epochs:
     """The epochs of one stream by their number, and `held_out`: the groups of the rows that none of them trains on.
 
@@ -89,9 +97,10 @@ def _held_out(listed: list[Shard], job: TrainJob, stream: Stream) -> list[Group]
     groups, left = _groups(listed), job.train.held_out_rows
     kept = []
     for index in generator(job.seed, stream, "held out").permutation(len(groups)):
-        if left > 0:
-            kept.append(groups[index]._replace(end=min(left, groups[index].rows)))
-            left -= kept[-1].end
+        if not left:
+            break
+        kept.append(groups[index]._replace(end=min(left, groups[index].rows)))
+        left -= kept[-1].end
     return kept
 
 
