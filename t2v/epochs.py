@@ -11,7 +11,7 @@ import numpy as np
 
 from t2v import storage
 from t2v.config import Stream
-from t2v.job import TrainJob
+from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
 from t2v.shards import Shard, from_index, index_of, list_shards
 
@@ -34,11 +34,13 @@ class Epoch(NamedTuple):
 
 
 def begin_anew(job: TrainJob) -> None:
-    """Forgets what was written of epochs, where nothing has been trained yet, so that the shards of now are listed."""
+    """Lists the shards of now for the first epoch of a run that has trained nothing, whatever a start before listed."""
     for part in ("epochs", "skipped"):
         folder = storage.join(job.run_dir, "train", part)
         for name in storage.listing(folder):
             storage.remove(storage.join(folder, name))
+    for stream in STREAMS:
+        Epochs(job, stream)
 
 
 class Epochs:

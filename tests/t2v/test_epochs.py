@@ -44,4 +44,5 @@ def test_training_that_begins_anew_lists_the_shards_of_now(tmp_path: Path) -> No
     Epochs(job, "videos")
     add_shards(tmp_path, 2, 4)
     begin_anew(job)
+    add_shards(tmp_path, 4, 6)
     np.testing.assert_array_equal(Epochs(job, "videos")[0].rows, [3, 2] * 4)
