@@ -12,7 +12,7 @@ from t2v.shards import Rows, open_shard, read_rows
 STAND_INS = 20  # groups tried in place of a bad one: where none of them can be read, it is not the shards
 
 
-class BadShard(RuntimeError):
+class BadShard(ValueError):
     """A shard that is missing, corrupt or not as it was when its epoch began."""
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -63,14 +64,12 @@ def listing(folder: str, suffix: str = "") -> list[str]:
 
     Files that are still being written have names that begin with a dot and are left out.
     """
-    filesystem, inner = _resolve(folder)
-    filesystem.invalidate_cache(inner)
-    try:
-        entries = filesystem.ls(inner, detail=True)
-    except FileNotFoundError:
-        return []
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
-    return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+    return [name for name in _names(folder, "file") if name.endswith(suffix)]
+
+
+def folders(folder: str) -> list[str]:
+    """Sorted names of the folders in `folder`, hidden ones left out; a folder that does not exist is empty."""
+    return _names(folder, "directory")
 
 
 def matches(pattern: str) -> list[str]:
@@ -185,6 +184,20 @@ def remove(path: str) -> None:
         filesystem.rm_file(inner)
 
 
+def remove_folder(path: str) -> None:
+    """Delete a folder and all in it; one that is not there is no error."""
+    filesystem, inner = _resolve(path)
+    if filesystem.exists(inner):
+        filesystem.rm(inner, recursive=True)
+
+
+def copy_folder(source: str, target: str) -> None:
+    """Copy the files of a folder, each appearing whole, in order of their names."""
+    for name in listing(source):
+        with open_read(join(source, name)) as file, open_atomic(join(target, name)) as copy:
+            shutil.copyfileobj(file, copy, 1 << 24)
+
+
 @contextmanager
 def open_atomic(path: str) -> Iterator[BinaryIO]:
     """Open a file for writing bytes that appears under `path` whole or, after an exception or a kill, not at all.
@@ -218,6 +231,17 @@ def _beside(path: str) -> Iterator[BinaryIO]:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def _names(folder: str, kind: str) -> list[str]:
+    filesystem, inner = _resolve(folder)
+    filesystem.invalidate_cache(inner)
+    try:
+        entries = filesystem.ls(inner, detail=True)
+    except FileNotFoundError:
+        return []
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind)
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _json(value: Any) -> bytes:

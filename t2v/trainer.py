@@ -29,6 +29,7 @@ from t2v.published import start_weights
 from t2v.unet import UNet
 
 BUCKETS = 4  # into which timesteps are divided where the log tells losses apart
+LOOK_S = 5.0  # between two looks for a machine that is about to be taken away
 
 
 class Host(Protocol):
@@ -50,7 +51,7 @@ class Host(Protocol):
         """Whether a machine of the run is about to be taken away; all ranks ask at once, and hear the same."""
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """Too many steps after each other whose gradient was not finite."""
 
 
@@ -89,6 +90,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.staged: Staged | None = None  # the last checkpoint, perhaps still on its way
         self.stall_s = 0.0
+        self.looked = time.monotonic()
         self.tallies: list[Tensor] = []  # since the last line of the log
         self.record = None
         if rank == 0:
@@ -143,11 +145,12 @@ class Trainer:
         every = self.job.train.checkpoint_every_samples
         warned, steps = False, iter(feed)
         while self.samples < self.job.samples:
-            wants_log, wants_stop = self._train_step(next(steps))
+            looks, wants_stop = self._train_step(next(steps))
             self.host.beat(self.samples)
             due = _crossed(self.samples, self.step.total, every) or self.samples == self.job.samples or wants_stop
-            if wants_log and not warned and self.host.is_preempted():
+            if looks and not warned and self.host.is_preempted():
                 due = warned = True  # once: training goes on until the machine is gone
+            wants_log = time.monotonic() - self.begun > self.job.train.log_every_s
             if wants_log or due:
                 self._log(feed)
             if due:
@@ -159,7 +162,7 @@ class Trainer:
                 return
 
     def _train_step(self, batches: Iterator[Batch]) -> tuple[bool, bool]:
-        """One step; returns whether a line of the log is due and whether a rank is to stop, the same on all ranks.
+        """One step; returns whether to look for preemption and whether a rank is to stop, the same on all ranks.
 
         One all-reduce carries those votes and what the log tells of losses: their sum and number in each stream and
         quarter of the timesteps. It is read once `update`, which waits for the gradient, has let it arrive.
@@ -172,8 +175,8 @@ class Trainer:
             self.engine.backward(losses.mean(), batch.slot.weight)
             row = STREAMS.index(batch.slot.stream) * BUCKETS + timesteps * BUCKETS // self.diffusion.config.timesteps
             tally.index_add_(0, row, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
-        wants_log = self.rank == 0 and time.monotonic() - self.begun > self.job.train.log_every_s
-        votes = torch.tensor([wants_log, self.host.wants_stop()], dtype=torch.float32)
+        looks = self.rank == 0 and time.monotonic() - self.looked > LOOK_S
+        votes = torch.tensor([looks, self.host.wants_stop()], dtype=torch.float32)
         tally[-1] = votes.to(tally.device, non_blocking=True)
         torch.distributed.all_reduce(tally)
         arrived = torch.empty(tally.shape, pin_memory=tally.is_cuda).copy_(tally, non_blocking=True)
@@ -185,9 +188,11 @@ class Trainer:
         if copied:
             copied.synchronize()
         self._count(applied, own, arrived)
-        log, stop = arrived[-1].tolist()
+        look, stop = arrived[-1].tolist()
+        if look:
+            self.looked = time.monotonic()
         self.tallies.append(arrived[:-1])
-        return log > 0, stop > 0
+        return look > 0, stop > 0
 
     def _count(self, applied: bool, own: list[str], tally: Tensor) -> None:
         """Keeps count of the steps that were left out, and gives up with a diagnosis after too many in a row."""
@@ -206,7 +211,7 @@ class Trainer:
             )
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Eq. 5 for one slot's samples [b] and their timesteps [b]; chance is keyed by (seed, stream, sample)."""
+        """Eq. 5 for one slot's samples [b], and their timesteps [b]; (seed, stream, sample) keys all chance."""
         device = self.engine.device
         latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
         if batch.logvar is not None:
