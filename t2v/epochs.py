@@ -11,7 +11,7 @@ import numpy as np
 
 from t2v import storage
 from t2v.config import Stream
-from t2v.job import TrainJob
+from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
 from t2v.shards import Shard, from_index, index_of, list_shards
 
@@ -31,6 +31,16 @@ class Epoch(NamedTuple):
 
     groups: list[Group]
     rows: np.ndarray
+
+
+def begin_anew(job: TrainJob) -> None:
+    """Lists the shards of now for the first epoch of a run that has trained nothing, whatever a start before listed."""
+    for part in ("epochs", "skipped"):
+        folder = storage.join(job.run_dir, "train", part)
+        for name in storage.listing(folder):
+            storage.remove(storage.join(folder, name))
+    for stream in STREAMS:
+        Epochs(job, stream)
 
 
 class Epochs:
@@ -89,9 +99,10 @@ def _held_out(listed: list[Shard], job: TrainJob, stream: Stream) -> list[Group]
     groups, left = _groups(listed), job.train.held_out_rows
     kept = []
     for index in generator(job.seed, stream, "held out").permutation(len(groups)):
-        if left > 0:
-            kept.append(groups[index]._replace(end=min(left, groups[index].rows)))
-            left -= kept[-1].end
+        if not left:
+            break
+        kept.append(groups[index]._replace(end=min(left, groups[index].rows)))
+        left -= kept[-1].end
     return kept
 
 

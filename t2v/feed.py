@@ -63,7 +63,7 @@ class Feed:
         self._epochs = {stream: Epochs(job, stream) for stream in STREAMS}
         self._reader = Reader(job, rank)
         self._readers = ThreadPoolExecutor(READERS, "reader")
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_AHEAD)
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(BATCHES_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
         self._thread.start()
@@ -73,14 +73,15 @@ class Feed:
             yield chain([first], islice(iter(self._take, None), len(self._slots) - 1))
 
     def close(self) -> None:
-        """Ends the threads, and waits for them: an interpreter that exits while they read would abort."""
+        """Ends the feed and its threads, and waits for them: an interpreter that exits while they read would abort."""
         self._stop.set()
         self._thread.join()
         self._readers.shutdown(cancel_futures=True)
-        self._ready = queue.Queue()
-        self._ready.put(None)
 
     def _take(self) -> Batch | None:
+        """The next batch; None once the feed is closed."""
+        if self._stop.is_set():
+            return None
         begun = time.perf_counter()
         batch = self._ready.get()
         self.waited_s += time.perf_counter() - begun

@@ -7,7 +7,7 @@ from t2v import storage
 from t2v.epochs import Epochs, Group
 from t2v.job import TrainJob
 from t2v.order import generator
-from t2v.shards import Rows, read_rows
+from t2v.shards import Rows, open_shard, read_rows
 
 STAND_INS = 20  # groups tried in place of a bad one: where none of them can be read, it is not the shards
 
@@ -21,7 +21,8 @@ class Reader:
 
     Which others depends on (seed, stream, epoch, group). Each bad group becomes a line of train/skipped/RANK.jsonl;
     what these files name is not tried again in that epoch, so a resumed run reads the same rows even if the shard
-    has been mended since. Several threads may read at once.
+    has been mended since. Checksums are compared when a group is read for the first time. Several threads may read at
+    once.
     """
 
     def __init__(self, job: TrainJob, rank: int) -> None:
@@ -29,6 +30,7 @@ class Reader:
         folder = storage.join(job.run_dir, "train", "skipped")
         self._path = storage.join(folder, f"{rank}.jsonl")
         self._lock = threading.Lock()
+        self._verified: set[tuple[str, int]] = set()
         found = {name: storage.read_lines(storage.join(folder, name)) for name in storage.listing(folder, ".jsonl")}
         self._lines = found.get(f"{rank}.jsonl", [])
         self._bad = {_key(line) for lines in found.values() for line in lines}
@@ -40,7 +42,7 @@ class Reader:
         """
         groups = epochs[epoch].groups
         if not self._skips:
-            return read_group(groups[index])
+            return self._read(groups[index])
         others = generator(self._seed, epochs.stream, "stand-in", epoch, index).integers(len(groups), size=STAND_INS)
         for group in (groups[place] for place in [index, *others.tolist()]):
             line = {"stream": epochs.stream, "epoch": epoch, "shard": group.path.rsplit("/", 1)[-1]}
@@ -48,10 +50,15 @@ class Reader:
             if _key(line) in self._bad:
                 continue
             try:
-                return read_group(group)
+                return self._read(group)
             except BadShard as error:
                 self._note(line | {"reason": str(error.__cause__ or error)})
         raise BadShard(f"{groups[index].path}: neither it nor any of {STAND_INS} groups in its place can be read")
+
+    def _read(self, group: Group) -> Rows:
+        rows = read_group(group, verify=group[:2] not in self._verified)
+        self._verified.add(group[:2])
+        return rows
 
     def _note(self, line: dict) -> None:
         with self._lock:
@@ -61,10 +68,10 @@ class Reader:
         print(f"[train] skipped {line['shard']}, row group {line['group']}: {line['reason']}", flush=True)
 
 
-def read_group(group: Group) -> Rows:
+def read_group(group: Group, verify: bool = True) -> Rows:
     """Rows [first, end) of a row group; BadShard if it cannot be read or is another than was listed."""
     try:
-        rows = read_rows(group.path, group.number)
+        rows = read_rows(open_shard(group.path, verify), group.number)
         if len(rows) != group.rows:
             raise ValueError(f"has {len(rows)} rows, but had {group.rows} when its epoch began")
         return rows[group.first : group.end]

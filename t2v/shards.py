@@ -157,13 +157,16 @@ def write_shard(
     return Shard(path, (rows_per_group,) * full + ((rest,) if rest else ()), info)
 
 
-def open_shard(path: str) -> ShardFile:
-    """Open a shard and read its footer; ValueError names the file and the column or metadata that is wrong."""
+def open_shard(path: str, verify: bool = True) -> ShardFile:
+    """Open a shard and read its footer; ValueError names the file and the column or metadata that is wrong.
+
+    `verify` compares what is then read with its checksums, which takes twice the time of reading.
+    """
     try:
         if storage.is_local(path):
-            parquet = pq.ParquetFile(storage.local_path(path), memory_map=True, page_checksum_verification=True)
+            parquet = pq.ParquetFile(storage.local_path(path), memory_map=True, page_checksum_verification=verify)
         else:
-            parquet = pq.ParquetFile(storage.open_read(path), pre_buffer=True, page_checksum_verification=True)
+            parquet = pq.ParquetFile(storage.open_read(path), pre_buffer=True, page_checksum_verification=verify)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
     return ShardFile(path, parquet, _checked_info(path, parquet.schema_arrow))

@@ -207,7 +207,7 @@ def test_a_damaged_shard_is_named_queued_again_and_made_anew(prepared, capsys):
     assert verify(str(prepared.run_dir)) == 1
     show_status(str(prepared.run_dir))
     out = capsys.readouterr().out
-    assert f"videos {shard.stem}: its content is not what was written" in out
+    assert f"videos {shard.stem}: cannot be read: could not verify page integrity" in out
     total = len(list(shard.parent.glob("0*.parquet")))
     assert f"{total - 1}/{total} shards" in out and "rows/s lately" in out
     prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED)
