@@ -96,7 +96,7 @@ def job(name: str, config: Config) -> Iterator[None]:
     print(f"[{name}] configuration {digest_of(dataclasses.asdict(config))}, kept in {folder}/{name}.yaml", flush=True)
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, ArithmeticError, FileNotFoundError, ImportError) as error:
         if type(error).__name__.startswith("RayTaskError"):
             raise
         with storage.open_atomic(storage.join(folder, f"{name}.traceback.txt")) as file:

@@ -63,8 +63,9 @@ class RowFilters:
 class StreamConfig:
     """One input: a list of URLs and captions, as one CSV, TSV, Parquet or JSONL file, a folder or a glob of them.
 
-    `columns` names a built-in column map (webvid, laion2b-en, re-laion, msrvtt, generic) or is one:
-    "url=link,caption=title". With `drop_duplicates`, of the rows of one URL that pass the filters the first is kept;
+    `columns` names a built-in column map (webvid, laion2b-en, re-laion, msrvtt, generic, encoded) or is one:
+    "url=link,caption=title". One with bytes ("encoded", or "bytes=jpg,caption=txt") is of Parquet files that hold the
+    media themselves. With `drop_duplicates`, of the rows of one URL that pass the filters the first is kept;
     to find the others takes 24 bytes a row on the driver's disk for temporary files.
     """
 
@@ -83,9 +84,10 @@ class StreamConfig:
 class FetchConfig:
     """Bounds on what a stranger's server may do to a download, and on what we do to it.
 
-    `concurrency` and `per_host` count downloads of one shard; `timeout_s` bounds one attempt. The addresses of
-    `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors, each of
-    `cpus_per_task`, download a shard at a time beside the encoders. `engine` may be one of two packages, which
+    `concurrency` and `per_host` count downloads of one shard; `timeout_s` bounds one attempt, `max_bytes` one body, and
+    `max_bytes_under_way` those of an actor that are not complete yet, together, save one that may go beyond it. The
+    addresses of `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors,
+    each of `cpus_per_task`, download a shard at a time beside the encoders. `engine` may be one of two packages, which
     keep fewer of these bounds (pipelines/download.py).
     """
 
@@ -96,6 +98,7 @@ class FetchConfig:
     timeout_s: float = 60.0
     retries: int = 2
     max_bytes: int = 500_000_000
+    max_bytes_under_way: int = 1 << 30
     max_redirects: int = 5
     max_pixels: int = 100_000_000
     allow_networks: list[str] = field(default_factory=list)
@@ -103,7 +106,7 @@ class FetchConfig:
     cpus_per_task: float = 0.5
 
     def __post_init__(self) -> None:
-        at_least(1, self, "workers", "concurrency", "per_host", "max_bytes", "max_pixels")
+        at_least(1, self, "workers", "concurrency", "per_host", "max_bytes", "max_bytes_under_way", "max_pixels")
         at_least(0, self, "retries", "max_redirects")
         above_zero(self, "timeout_s", "cpus_per_task")
         for network in self.allow_networks:

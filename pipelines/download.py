@@ -1,8 +1,9 @@
 """Three engines that download, behind one function: this project's own, img2dataset's and video2dataset's.
 
 The two packages run their own code, here in the process. They retry, wait and open connections in their way: `per_host`
-is not known to them, `timeout_s` bounds each wait for bytes and not an attempt, and `max_bytes` is applied to what has
-come, so that a server which never ends its answer occupies a thread and memory; for lists from strangers take builtin.
+and `max_bytes_under_way` are not known to them, `timeout_s` bounds each wait for bytes and not an attempt, and
+`max_bytes` is applied to what has come, so that a server which never ends its answer occupies a thread and memory; for
+lists from strangers take builtin.
 They know no rule for addresses either: a URL and the targets of its redirects are held to ours before they are asked
 for. What this does not cover is a name that changes its address between our look and theirs, and what yt-dlp does for
 URLs that do not end in a file name.

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import math
 import re
 import socket
 import time
@@ -92,11 +93,11 @@ class Fetcher:
 async def fetch_all(session: aiohttp.ClientSession, urls: Sequence[str], config: FetchConfig) -> list[Fetched]:
     """Download all of `urls`, in the order given, within the bounds of `config`; never raises for a URL."""
     per_host: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
-    slots = asyncio.Semaphore(config.concurrency)
+    slots, room = asyncio.Semaphore(config.concurrency), _Room(config.max_bytes_under_way)
 
     async def in_turn(url: str) -> Fetched:
         async with per_host[_host(url)], slots:
-            return await _fetch(session, url, config)
+            return await _fetch(session, url, config, room)
 
     return await asyncio.gather(*(in_turn(url) for url in urls))
 
@@ -154,6 +155,8 @@ class _Part:
     validator: str = ""
     bytes_in_all: int | None = None
     body: bytearray = field(default_factory=bytearray)
+    reserved: int = 0  # bytes of the room that downloads share
+    attempt: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
 
     def begin(self, response: aiohttp.ClientResponse) -> None:
         self.url, self.validator = response.url, _validator(response)
@@ -177,12 +180,58 @@ class _Part:
         return first == len(self.body) and last + 1 == in_all and self.bytes_in_all in (None, in_all)
 
 
-async def _fetch(session: aiohttp.ClientSession, url: str, config: FetchConfig) -> Fetched:
-    begun, part = time.monotonic(), _Part()
+class _Room:
+    """Bytes that downloads under way may hold together.
+
+    A body waits for what is announced of it, or for each further piece, which is not on its own clock. Where all is
+    taken one body may still grow, so that some download always ends.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+        self._beyond: _Part | None = None
+        self._changed = asyncio.Condition()
+
+    async def reserve(self, part: _Part, size: int) -> None:
+        """Returns once `part` may hold `size` bytes."""
+        if size <= part.reserved:
+            return
+        async with self._changed:
+            if not self._is_free(part, size):
+                left_s = (part.attempt.when() or math.inf) - asyncio.get_running_loop().time()
+                part.attempt.reschedule(None)
+                await self._changed.wait_for(lambda: self._is_free(part, size))
+                part.attempt.reschedule(asyncio.get_running_loop().time() + left_s)
+            self._taken += size - part.reserved
+            part.reserved = size
+            if self._taken > self._most:
+                self._beyond = part
+
+    async def leave(self, part: _Part) -> None:
+        async with self._changed:
+            self._taken -= part.reserved
+            if self._beyond is part:
+                self._beyond = None
+            self._changed.notify_all()
+
+    def _is_free(self, part: _Part, size: int) -> bool:
+        return self._taken + size - part.reserved <= self._most or self._beyond in (None, part)
+
+
+async def _fetch(session: aiohttp.ClientSession, url: str, config: FetchConfig, room: _Room) -> Fetched:
+    part = _Part()
+    try:
+        return await _tried(session, url, part, config, room)
+    finally:
+        await room.leave(part)
+
+
+async def _tried(session: aiohttp.ClientSession, url: str, part: _Part, config: FetchConfig, room: _Room) -> Fetched:
+    begun = time.monotonic()
     for attempt in range(config.retries + 1):
         try:
-            async with asyncio.timeout(config.timeout_s):
-                body = await _download(session, url, part, config)
+            async with asyncio.timeout(config.timeout_s) as part.attempt:
+                body = await _download(session, url, part, config, room)
             return Fetched(body, "ok", "", time.monotonic() - begun)
         except (FetchError, aiohttp.ClientError, OSError, ValueError) as error:
             failure = classed(error, config)
@@ -193,7 +242,7 @@ async def _fetch(session: aiohttp.ClientSession, url: str, config: FetchConfig) 
     return Fetched(b"", failure.status, failure.message, time.monotonic() - begun)
 
 
-async def _download(session: aiohttp.ClientSession, url: str, part: _Part, config: FetchConfig) -> bytes:
+async def _download(session: aiohttp.ClientSession, url: str, part: _Part, config: FetchConfig, room: _Room) -> bytes:
     """One attempt, redirects followed by hand so that each hop is held to the same rules."""
     here = checked_url(URL(url))
     for _ in range(config.max_redirects + 1):
@@ -204,7 +253,7 @@ async def _download(session: aiohttp.ClientSession, url: str, part: _Part, confi
                 here = checked_url(here.join(URL(response.headers["Location"])))
                 continue
             _check_status(response, part)
-            return await _read(response, part, config)
+            return await _read(response, part, config, room)
     raise FetchError("too_many_redirects", f"more than {config.max_redirects}, the last to {here}")
 
 
@@ -239,14 +288,16 @@ def _validator(response: aiohttp.ClientResponse) -> str:
     return modified if age.total_seconds() >= 1 else ""
 
 
-async def _read(response: aiohttp.ClientResponse, part: _Part, config: FetchConfig) -> bytes:
+async def _read(response: aiohttp.ClientResponse, part: _Part, config: FetchConfig, room: _Room) -> bytes:
     """The whole body, continued where the attempt before broke off and the server plays along."""
     if response.status != 206:
         part.begin(response)
     announced = len(part.body) + (response.content_length or 0)
     if announced > config.max_bytes:
         raise FetchError("too_large", f"{announced:,} bytes announced")
+    await room.reserve(part, announced)
     async for chunk in response.content.iter_any():
+        await room.reserve(part, len(part.body) + len(chunk))
         part.body += chunk
         if len(part.body) > config.max_bytes:
             break

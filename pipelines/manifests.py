@@ -11,13 +11,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.archives import COLUMNS, archive_fingerprint, is_archive, read_archive
-from pipelines.columns import REQUIRED, column_map
+from pipelines.cells import addresses, check_cells
+from pipelines.columns import column_map, required
 from pipelines.config import RowFilters, StreamConfig
 from pipelines.row_filters import rules, verdicts
 from pipelines.tables import Reader, numbers, reader_of, texts
@@ -35,8 +37,9 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-# A row that is not to be fetched has its status and message from the start.
-STORED = pa.schema([*SCHEMA, ("status", pa.string()), ("message", pa.string())])
+# A row that is not to be fetched has its status and message from the start; `address` is where its bytes lie in a cell.
+STORED = pa.schema([*SCHEMA, ("address", pa.string()), ("status", pa.string()), ("message", pa.string())])
+Source = Literal["urls", "archive", "cells"]
 _LABELS = ("nsfw", "language")  # optional columns of text; the others that only filters read are float32
 _SHARDS = pa.schema([("rows", pa.int32()), ("digest", pa.string())])
 _SHARDS_FILE = "shards.parquet"
@@ -49,13 +52,14 @@ _ARCHIVE = Reader(lambda _: list(COLUMNS), lambda path, names: (rows.select(name
 class Manifest:
     """A normalised manifest: the folder that `read_shard` reads.
 
-    `shards` has a row for each shard: its number of rows and a digest of them, from which shard names are made. Where
-    it is an `archive`, URLs are addresses of bytes that are there already (pipelines/archives.py).
+    `shards` has a row for each shard: its number of rows and a digest of them, from which shard names are made.
+    `source` tells whether URLs are to be downloaded, or the bytes are there already: at URLs that are addresses within
+    an archive (pipelines/archives.py), or at the addresses of cells (pipelines/cells.py).
     """
 
     path: str
     shards: pa.Table
-    archive: bool
+    source: Source
 
     @property
     def digest(self) -> str:
@@ -69,11 +73,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of a manifest and where its columns are: ours <- theirs."""
+    """A file of a manifest and where its columns are: ours <- theirs; `cells` names the one that holds media."""
 
     path: str
     reader: Reader
     source: dict[str, str]
+    cells: str | None
 
 
 def row_id(dataset: str, url: str) -> str:
@@ -89,6 +94,8 @@ def read_manifest(manifest: str, columns: str) -> Iterator[pa.RecordBatch]:
     count of its rows can be right. FileNotFoundError if there is no such file.
     """
     files = _files(manifest, columns, RowFilters())
+    if any(file.cells for file in files):
+        raise ValueError(f"{manifest}: columns={columns!r} is of media in cells, but a list of URLs is wanted here")
     return (_identified(batch, columns).select(SCHEMA.names) for batch in _batches(files))
 
 
@@ -99,9 +106,9 @@ def normalise(config: StreamConfig, path: str) -> Manifest:
     neither the files nor the settings have changed since.
     """
     manifest = str(config.manifest)
-    archive = is_archive(manifest)
-    fingerprint = archive_fingerprint if archive else storage.fingerprint
-    settings = asdict(config) | {"archive": archive, "files": [(one, fingerprint(one)) for one in _paths(manifest)]}
+    source = _source(config)
+    fingerprint = archive_fingerprint if source == "archive" else storage.fingerprint
+    settings = asdict(config) | {"source": source, "files": [(one, fingerprint(one)) for one in _paths(manifest)]}
     key = json.dumps(settings, sort_keys=True).encode()
     if (known := _known(path)) is not None and (known.schema.metadata or {}).get(b"settings") == key:
         return stored(path)
@@ -120,7 +127,7 @@ def normalise(config: StreamConfig, path: str) -> Manifest:
     shards = pa.concat_tables(parts)
     with storage.open_atomic(storage.join(path, _SHARDS_FILE)) as file:
         pq.write_table(shards.replace_schema_metadata({"settings": key}), file)
-    return Manifest(path, shards, archive)
+    return Manifest(path, shards, source)
 
 
 def stored(path: str) -> Manifest:
@@ -128,7 +135,7 @@ def stored(path: str) -> Manifest:
     if (known := _known(path)) is None:
         raise FileNotFoundError(f"{path}: no such manifest")
     settings = json.loads(known.schema.metadata[b"settings"])
-    return Manifest(path, known.replace_schema_metadata(), settings["archive"])
+    return Manifest(path, known.replace_schema_metadata(), settings["source"])
 
 
 def read_shard(path: str, index: int) -> list[dict]:
@@ -143,6 +150,12 @@ def beside(manifest: str, path: str) -> str:
     if "://" in path or path.startswith("/"):
         return path
     return storage.join(manifest.rpartition("/")[0] or ".", path)
+
+
+def _source(config: StreamConfig) -> Source:
+    if is_archive(str(config.manifest)):
+        return "archive"
+    return "cells" if "bytes" in column_map(config.columns) else "urls"
 
 
 def _paths(manifest: str) -> list[str]:
@@ -175,11 +188,13 @@ def _file(path: str, columns: str, filters: RowFilters) -> _File:
         raise ValueError(f"{path}: a manifest is a .csv, .tsv, .jsonl or .parquet file, or a tar")
     names, wanted = reader.names(path), column_map(columns)
     source = {ours: next((name for name in theirs if name in names), None) for ours, theirs in wanted.items()}
-    missing = [" or ".join(wanted[name]) for name in REQUIRED if source[name] is None]
+    missing = [" or ".join(wanted[name]) for name in required(wanted) if source[name] is None]
     if missing:
         raise ValueError(
             f"{path}: no column {', '.join(missing)}, which columns={columns!r} wants; it has {', '.join(names)}"
         )
+    if (cells := source.pop("bytes", None)) is not None:
+        check_cells(path, cells)
     used = set(SCHEMA.names)
     for rule in rules(filters):
         used |= set(rule.wants)
@@ -190,22 +205,28 @@ def _file(path: str, columns: str, filters: RowFilters) -> _File:
                     f"{path}: no column {theirs}, which filters.{rule.option} wants by columns={columns!r}; "
                     f"it has {', '.join(names)}"
                 )
-    return _File(path, reader, {ours: theirs for ours, theirs in source.items() if theirs and ours in used})
+    return _File(path, reader, {ours: theirs for ours, theirs in source.items() if theirs and ours in used}, cells)
 
 
 def _batches(files: Iterable[_File]) -> Iterator[pa.RecordBatch]:
-    """All rows in the normalised schema, save row_id, with the columns that only filters read behind."""
+    """All rows in the stored schema, save row_id and status, with the columns that only filters read behind."""
     for file in files:
+        start = 0
         for batch in file.reader.batches(file.path, list(dict.fromkeys(file.source.values()))):
-            columns = {ours: _cells(ours, batch.column(theirs)) for ours, theirs in file.source.items()}
-            for field in SCHEMA:
-                if field.name not in ("row_id", *columns):
+            columns = {ours: _uniform(ours, batch.column(theirs)) for ours, theirs in file.source.items()}
+            if file.cells:
+                columns["address"] = addresses(file.path, file.cells, start, batch.num_rows)
+                named = columns.get("url", columns["address"])
+                columns["url"] = pc.if_else(pc.equal(named, ""), columns["address"], named)
+            for field in STORED:
+                if field.name not in ("row_id", "status", "message", *columns):
                     columns[field.name] = pa.nulls(batch.num_rows, field.type)
+            start += batch.num_rows
             yield pa.record_batch(columns)
 
 
-def _cells(ours: str, column: pa.Array) -> pa.Array:
-    if ours in REQUIRED:
+def _uniform(ours: str, column: pa.Array) -> pa.Array:
+    if ours in ("url", "caption"):
         return texts(column)
     if ours in _LABELS:
         label = texts(column)

@@ -386,7 +386,7 @@ def square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    middle = np.ascontiguousarray(image[top : top + side, left : left + side])
+    middle = image[top : top + side, left : left + side]
     if quick and size < side < 2 * size:
         middle = cv2.resize(middle, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(middle, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.archives import read_members
+from pipelines.cells import read_cells
 from pipelines.config import ClipFilters, DataConfig, StreamConfig
 from pipelines.download import open_engine
 from pipelines.fetch import Fetched
 from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
-from pipelines.manifests import Manifest, normalise, read_shard, stored
+from pipelines.manifests import Manifest, Source, normalise, read_shard, stored
 from pipelines.raw import write_raw
 from pipelines.ray_data import quieten, tell_if_too_small
 from t2v import storage
@@ -58,7 +59,7 @@ class StreamPlan:
         tasks = tasks.filter(pc.equal(pc.is_in(names, pa.array(there, pa.string())), done))
         for name, value in (("stream", self.stream), ("data_hash", self.data_hash), ("manifest", self.manifest.path)):
             tasks = tasks.append_column(name, pa.repeat(value, tasks.num_rows).dictionary_encode())
-        return tasks.append_column("archive", pa.repeat(self.manifest.archive, tasks.num_rows))
+        return tasks.append_column("source", pa.repeat(self.manifest.source, tasks.num_rows))
 
 
 def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> Funnel:
@@ -128,12 +129,17 @@ class ShardFetcher:
         begun = time.monotonic()
         (task,) = batch.to_pylist()
         rows = read_shard(task["manifest"], task["index"])
-        urls = [row["url"] for row in rows if not row["status"]]
-        answers = iter(read_members(urls, self.data.fetch.max_bytes) if task["archive"] else self.download(urls))
+        answers = iter(self._fetch(task["source"], [row for row in rows if not row["status"]]))
         fetched = [Fetched(b"", row["status"], row["message"], 0.0) if row["status"] else next(answers) for row in rows]
-        if self.data.raw == "webdataset" and not task["archive"]:
+        if self.data.raw == "webdataset" and task["source"] == "urls":
             write_raw(storage.join(self.data_dir, "raw", task["stream"]), task["name"], rows, fetched)
         return _with_downloads(batch, rows, fetched, begun)
+
+    def _fetch(self, source: Source, rows: list[dict]) -> list[Fetched]:
+        if source == "cells":
+            return read_cells([row["address"] for row in rows], self.data.fetch.max_bytes)
+        urls = [row["url"] for row in rows]
+        return read_members(urls, self.data.fetch.max_bytes) if source == "archive" else self.download(urls)
 
 
 def _with_downloads(batch: pa.Table, rows: list[dict], fetched: list[Fetched], begun: float) -> pa.Table:

@@ -62,6 +62,15 @@ def read_state(folder: str) -> dict[str, Any]:
     return _shares(folder)[0]["state"]
 
 
+def newest_first(train_folder: str) -> list[str]:
+    """The checkpoints of a run, the half-written ones too: the newest first, copies of milestones last."""
+    own = [name for name in storage.folders(train_folder) if name.startswith("checkpoint_")]
+    milestones = storage.join(train_folder, "milestones")
+    kept = [storage.join(milestones, name, "checkpoint") for name in storage.folders(milestones)]
+    found = [storage.join(train_folder, name) for name in reversed(own)]
+    return found + [folder for folder in reversed(kept) if storage.exists(folder)]
+
+
 def read_pieces(folder: str, wanted: Sequence[Piece]) -> Iterator[tuple[Piece, int, int, dict[str, Tensor]]]:
     """Stretches that make up the wanted pieces: (piece, start, end, elements by kind), in no order.
 

@@ -145,6 +145,10 @@ class TrainConfig:
     are kept, and at every milestone a copy of one, with its model as a diffusers folder. `max_skipped_steps` without a
     finite gradient in a row end the run; so do `max_failures` of workers. Ranks that take no step for `hang_s` are
     ended and started anew.
+
+    Of each stream, rows are shuffled within windows of `shuffle_rows`, which the ranks together hold in memory twice,
+    and `held_out_rows` are kept from training. A shard that is missing or corrupt ends the run, unless other rows are
+    to take its place (`bad_shards: skip`).
     """
 
     workers: int = 80
@@ -171,7 +175,9 @@ class TrainConfig:
     max_skipped_steps: int = 50
     max_failures: int = 10
     hang_s: float = 900.0
-    shuffle_rows: int = 10_000
+    shuffle_rows: int = 20_000
+    held_out_rows: int = 0
+    bad_shards: Literal["stop", "skip"] = "stop"
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self) -> None:
@@ -179,7 +185,7 @@ class TrainConfig:
         at_least(1, self, "checkpoint_every_samples", "keep_checkpoints", "milestone_every_samples")
         at_least(1, self, "min_workers", "max_skipped_steps")
         at_least(0, self, "gpus_per_worker", "warmup_samples", "weight_decay", "log_every_s", "final_learning_rate")
-        at_least(0, self, "max_failures")
+        at_least(0, self, "max_failures", "held_out_rows")
         above_zero(self, "learning_rate", "clip_norm", "ema_halflife_samples", "hang_s")
         finite(self, "learning_rate", "weight_decay")
         if (self.min_workers or 0) > self.workers:

@@ -1,4 +1,4 @@
-"""Latent shards -> batches, in the exact order of t2v/order.py, read ahead by one thread.
+"""Latent shards -> batches, in the exact order of t2v/order.py, read ahead by threads.
 
 b samples, c channels, f frames, h w latent size (pixels / 8).
 """
@@ -6,25 +6,35 @@ b samples, c channels, f frames, h w latent size (pixels / 8).
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
 
-from t2v import shards
 from t2v.config import Stream
-from t2v.mix import LanePart, Slot, Step
-from t2v.order import lane_windows
-from t2v.shards import Rows, Shard
+from t2v.diffusion import Draw
+from t2v.epochs import Epochs
+from t2v.groups import Reader, read_group
+from t2v.job import STREAMS, TrainJob
+from t2v.mix import LanePart, Slot
+from t2v.order import Window, lane_windows
+from t2v.shards import Rows
+
+READERS = 4  # threads that read row groups: one suffices for a local disk, storage over a network answers late
+BATCHES_AHEAD = 8
+
+DrawSamples = Callable[[str, Sequence[int], Sequence[int]], Draw]  # Diffusion.draw
 
 
 @dataclass
 class Batch:
     """What one slot of one step trains on.
 
-    `sample` [b] numbers the samples of the stream since the start of training: it keys their random numbers.
+    `sample` [b] numbers the samples of the stream since the start of training: it keys their random numbers, `draw`.
     `mean` and `logvar` are the unscaled VAE posterior, fp16 [b, c, f, h, w]; `logvar` is None where shards keep none.
     """
 
@@ -33,61 +43,66 @@ class Batch:
     captions: list[str]
     mean: torch.Tensor
     logvar: torch.Tensor | None
+    draw: Draw
 
 
 class Feed:
-    """Iterates over the steps of one rank from `first_step` on; each step is a list of Batch, one a slot.
+    """Iterates over the steps of one rank from `first_step` on; each is an iterator of its batches, one a slot.
 
-    `waited_s` adds up the time for which the trainer had to wait for data.
+    A step's first batch can be trained on before its last is read; all are to be taken before the next step is.
+    `waited_s` adds up the time for which the trainer had to wait for data. Errors of reading are raised where the
+    batch is taken, those of the list of shards here.
     """
 
     def __init__(
-        self,
-        inventory: dict[Stream, list[Shard]],
-        step: Step,
-        slots: tuple[Slot, ...],
-        seed: int,
-        window_rows: int,
-        first_step: int = 0,
-        ahead: int = 4,
-        pin: bool = False,
+        self, job: TrainJob, rank: int, world: int, first_step: int, draw: DrawSamples, pin: bool = False
     ) -> None:
         self.waited_s = 0.0
-        self._inventory, self._step, self._slots = inventory, step, slots
-        self._seed, self._window_rows, self._first, self._pin = seed, window_rows, first_step, pin
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
+        self._job, self._step, self._slots = job, job.step, job.step.of_rank(rank, world)
+        self._first, self._draw, self._pin = first_step, draw, pin
+        self._epochs = {stream: Epochs(job, stream) for stream in STREAMS}
+        self._reader = Reader(job, rank)
+        self._readers = ThreadPoolExecutor(READERS, "reader")
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_AHEAD)
         self._stop = threading.Event()
-        self._reader = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
-        self._reader.start()
+        self._thread = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
+        self._thread.start()
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while True:
-            begun = time.perf_counter()
-            batches = self._ready.get()
-            self.waited_s += time.perf_counter() - begun
-            if isinstance(batches, BaseException):
-                raise batches
-            yield batches
+    def __iter__(self) -> Iterator[Iterator[Batch]]:
+        while (first := self._take()) is not None:
+            yield chain([first], islice(iter(self._take, None), len(self._slots) - 1))
 
     def close(self) -> None:
-        """Ends the reading thread, and waits for it: an interpreter that exits while it reads would abort."""
+        """Ends the threads, and waits for them: an interpreter that exits while they read would abort."""
         self._stop.set()
-        self._reader.join()
+        self._thread.join()
+        self._readers.shutdown(cancel_futures=True)
+        self._ready = queue.Queue()
+        self._ready.put(None)
+
+    def _take(self) -> Batch | None:
+        begun = time.perf_counter()
+        batch = self._ready.get()
+        self.waited_s += time.perf_counter() - begun
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
 
     def _read_ahead(self) -> None:
         try:
             lanes = {(part.stream, part.lane): self._rows(part) for part in self._lane_parts()}
-            step = self._first
-            while not self._stop.is_set():
-                self._put([self._batch(step, slot, lanes) for slot in self._slots])
-                step += 1
+            for step in count(self._first):
+                for slot in self._slots:
+                    self._put(self._batch(step, slot, lanes))
+                    if self._stop.is_set():
+                        return
         except BaseException as error:  # whatever it was, the trainer raises it
             self._put(error)
 
-    def _put(self, item: list[Batch] | BaseException) -> None:
+    def _put(self, item: Batch | BaseException) -> None:
         while not self._stop.is_set():
             try:
-                return self._ready.put(item, timeout=0.5)
+                return self._ready.put(item, timeout=0.2)
             except queue.Full:
                 continue
 
@@ -95,16 +110,8 @@ class Feed:
         taken: list[tuple[Rows, int]] = []
         for part in self._step.lane_parts(slot):
             taken += islice(lanes[part.stream, part.lane], part.end - part.first)
-        mean = self._stack([window.mean[row] for window, row in taken])
-        variances = [window.logvar[row] for window, row in taken if window.logvar is not None]
-        logvar = self._stack(variances) if variances else None
-        captions = [window.caption[row] for window, row in taken]
         first = step * self._step.samples[slot.stream] + slot.first
-        return Batch(slot, list(range(first, first + slot.count)), captions, mean, logvar)
-
-    def _stack(self, latents: list[np.ndarray]) -> torch.Tensor:
-        stacked = torch.from_numpy(np.stack(latents))
-        return stacked.pin_memory() if self._pin else stacked
+        return _batch(slot, first, taken, self._draw, f"{self._job.seed} {slot.stream}", self._pin)
 
     def _lane_parts(self) -> list[LanePart]:
         """What this rank takes of each lane in a step; its slots of one lane follow each other."""
@@ -116,15 +123,59 @@ class Feed:
 
     def _rows(self, part: LanePart) -> Iterator[tuple[Rows, int]]:
         """The rows of one lane that are this rank's, step after step."""
-        inventory = self._inventory[part.stream]
-        places = [(shard.path, group) for shard in inventory for group in range(len(shard.row_groups))]
-        sizes = [rows for shard in inventory for rows in shard.row_groups]
-        lanes = len(self._step.bounds[part.stream]) - 1
         position = self._first * part.lane_count
-        windows = lane_windows(sizes, self._seed, part.stream, part.lane, lanes, self._window_rows, skip=position)
-        for groups, order in windows:
-            loaded = [shards.read_rows(*places[group]) for group in groups]
-            for index, row in order:
+        for window, groups in self._windows(part, skip=position):
+            for index, row in window.rows:
                 if part.first <= position % part.lane_count < part.end:
-                    yield loaded[index], row
+                    yield groups[index], row % len(groups[index])  # others that stand in may be fewer
                 position += 1
+
+    def _windows(self, part: LanePart, skip: int) -> Iterator[tuple[Window, list[Rows]]]:
+        """The windows of a lane and their groups' rows; while one is used, the next is read."""
+        epochs, lanes = self._epochs[part.stream], len(self._step.bounds[part.stream]) - 1
+        window_rows = -(-self._job.train.shuffle_rows // lanes)
+        coming: deque[tuple[Window, list[Future[Rows]]]] = deque()
+        for window in lane_windows(
+            lambda epoch: epochs[epoch].rows, self._job.seed, part.stream, part.lane, lanes, window_rows, skip
+        ):
+            coming.append((window, [self._read(epochs, window.epoch, index) for index in window.groups]))
+            if len(coming) > 1:
+                window, groups = coming.popleft()
+                yield window, [group.result() for group in groups]
+
+    def _read(self, epochs: Epochs, epoch: int, index: int) -> Future[Rows]:
+        return self._readers.submit(self._reader.read, epochs, epoch, index)
+
+
+def held_out_batches(job: TrainJob, stream: Stream, size: int, draw: DrawSamples) -> Iterator[Batch]:
+    """The rows of `train.held_out_rows` in batches of up to `size`, weighted by their number; draws of their own."""
+    held = Epochs(job, stream).held_out
+    total = sum(group.end for group in held)
+    rows = ((rows, row) for rows in map(read_group, held) for row in range(len(rows)))
+    for first in range(0, total, size):
+        slot = Slot(stream, first, min(size, total - first), min(size, total - first) / total)
+        yield _batch(slot, first, list(islice(rows, slot.count)), draw, f"{job.seed} {stream} held out")
+
+
+def _batch(
+    slot: Slot, first: int, taken: list[tuple[Rows, int]], draw: DrawSamples, seed: str, pin: bool = False
+) -> Batch:
+    """Copies rows into a batch whose samples are numbered from `first`."""
+    sample = list(range(first, first + slot.count))
+    mean = _stack([rows.mean[row] for rows, row in taken], pin)
+    variances = [rows.logvar[row] for rows, row in taken if rows.logvar is not None]
+    draws = draw(seed, sample, mean.shape[1:])
+    return Batch(
+        slot,
+        sample,
+        [rows.caption[row] for rows, row in taken],
+        mean,
+        _stack(variances, pin) if variances else None,
+        Draw(*(part.pin_memory() for part in draws)) if pin else draws,
+    )
+
+
+def _stack(latents: list[np.ndarray], pin: bool) -> torch.Tensor:
+    stacked = torch.empty((len(latents), *latents[0].shape), dtype=torch.float16, pin_memory=pin)
+    np.stack(latents, out=stacked.numpy())
+    return stacked

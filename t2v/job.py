@@ -41,13 +41,24 @@ class TrainJob:
         return storage.join(self.run_dir, "train", "model")
 
     @property
+    def exported_samples(self) -> int:
+        """Samples that the exported model has seen, 0 if there is none."""
+        path = storage.join(self.model_folder, "t2v.json")
+        return storage.read_json(path)["info"]["samples"] if storage.exists(path) else 0
+
+    @property
     def log_path(self) -> str:
         return storage.join(self.run_dir, "train", "log.jsonl")
 
     @property
+    def registry(self) -> str:
+        """Where Ray Train notes which checkpoints there are."""
+        return storage.join(self.run_dir, "train", "checkpoint_manager_snapshot.json")
+
+    @property
     def is_fresh(self) -> bool:
-        """Whether there is no checkpoint yet: before each is committed, its model is exported."""
-        return not storage.exists(storage.join(self.model_folder, "t2v.json"))
+        """Whether no checkpoint has been committed yet."""
+        return not storage.exists(self.registry)
 
     def inventory(self) -> dict[Stream, list[Shard]]:
         """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""

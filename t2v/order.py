@@ -1,15 +1,27 @@
-"""The training order: a pure function of (seed, stream, samples seen), whatever the number of ranks.
+"""The training order: a pure function of (seed, stream, samples seen) and of what each epoch holds, on any ranks.
 
 The row groups of a stream, permuted anew each epoch and put end to end, are one endless sequence. Lane l of L
 (t2v/mix.py: one lane a slot) takes the groups l, l + L, l + 2L, ... of it, and shuffles their rows within windows.
-So every group is read once an epoch and by one rank, and the order is the same on any number of ranks.
+So every group is read once an epoch and by one lane, and the order is the same on any number of ranks.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
 
 import numpy as np
+
+EpochRows = Callable[[int], Sequence[int] | np.ndarray]  # the rows of each row group of an epoch
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a lane reads next: row groups of an epoch, and their rows (index into `groups`, row) in training order."""
+
+    epoch: int
+    groups: list[int]
+    rows: list[tuple[int, int]]
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -18,31 +30,35 @@ def generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(int.from_bytes(digest, "little")))
 
 
-def lane_groups(groups: int, seed: int, stream: str, lane: int, lanes: int) -> Iterator[int]:
-    """The endless sequence of row groups (numbers below `groups`) that one lane reads."""
+def lane_epochs(rows: EpochRows, seed: int, stream: str, lane: int, lanes: int) -> Iterator[list[int]]:
+    """The row groups that one lane reads in each epoch, in order."""
+    begun = 0  # groups of the epochs before
     for epoch in count():
+        groups = len(rows(epoch))
         order = generator(seed, stream, "groups", epoch).permutation(groups)
-        yield from order[(lane - epoch * groups) % lanes :: lanes].tolist()
+        yield order[(lane - begun) % lanes :: lanes].tolist()
+        begun += groups
 
 
 def lane_windows(
-    group_rows: Sequence[int], seed: int, stream: str, lane: int, lanes: int, window_rows: int, skip: int = 0
-) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Windows of one lane, each as (its groups, its rows (index into those groups, row) in training order).
+    rows: EpochRows, seed: int, stream: str, lane: int, lanes: int, window_rows: int, skip: int = 0
+) -> Iterator[Window]:
+    """Windows of one lane; the first `skip` samples are left out without being drawn.
 
-    A window is as many groups as reach `window_rows`; the first `skip` samples are left out without being drawn.
+    A window is the groups that begin within the same `window_rows` of the lane's epoch.
     """
-    sequence = lane_groups(len(group_rows), seed, stream, lane, lanes)
-    for number in count():
-        groups: list[int] = []
-        rows: list[tuple[int, int]] = []
-        while len(rows) < window_rows:
-            group = next(sequence)
-            rows += [(len(groups), row) for row in range(group_rows[group])]
-            groups.append(group)
-        if skip >= len(rows):
-            skip -= len(rows)
+    for epoch, order in enumerate(lane_epochs(rows, seed, stream, lane, lanes)):
+        sizes = np.asarray(rows(epoch))[order]
+        if skip >= sizes.sum():
+            skip -= int(sizes.sum())
             continue
-        shuffled = generator(seed, stream, "rows", lane, number).permutation(len(rows))[skip:]
-        skip = 0
-        yield groups, [rows[i] for i in shuffled]
+        ends = np.cumsum(sizes)
+        starts = np.unique((ends - sizes) // window_rows, return_index=True)[1].tolist()
+        for first, end in pairwise([*starts, len(order)]):
+            places = [(index, row) for index, size in enumerate(sizes[first:end]) for row in range(size)]
+            if skip >= len(places):
+                skip -= len(places)
+                continue
+            shuffled = generator(seed, stream, "rows", epoch, lane, first).permutation(len(places))[skip:]
+            skip = 0
+            yield Window(epoch, order[first:end], [places[i] for i in shuffled])

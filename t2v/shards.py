@@ -88,6 +88,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.row_id)
 
+    def __getitem__(self, rows: slice) -> "Rows":
+        logvar = None if self.logvar is None else self.logvar[rows]
+        return Rows(self.row_id[rows], self.caption[rows], self.mean[rows], logvar, self.fps[rows], self.start_s[rows])
+
 
 def encoder_id(vae: str | None) -> str:
     """What names a VAE in shards: the digest of its weights, those of a diffusers folder or the checkpoint they are in.
@@ -141,7 +145,13 @@ def write_shard(
     with storage.open_atomic(path) as file:
         # Neither dictionaries nor statistics: both would copy whole latents into places that nobody reads.
         pq.write_table(
-            table, file, row_group_size=rows_per_group, compression="none", use_dictionary=False, write_statistics=False
+            table,
+            file,
+            row_group_size=rows_per_group,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
         )
     full, rest = divmod(len(row_id), rows_per_group)
     return Shard(path, (rows_per_group,) * full + ((rest,) if rest else ()), info)
@@ -151,16 +161,19 @@ def open_shard(path: str) -> ShardFile:
     """Open a shard and read its footer; ValueError names the file and the column or metadata that is wrong."""
     try:
         if storage.is_local(path):
-            parquet = pq.ParquetFile(storage.local_path(path), memory_map=True)
+            parquet = pq.ParquetFile(storage.local_path(path), memory_map=True, page_checksum_verification=True)
         else:
-            parquet = pq.ParquetFile(storage.open_read(path), pre_buffer=True)
+            parquet = pq.ParquetFile(storage.open_read(path), pre_buffer=True, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
     return ShardFile(path, parquet, _checked_info(path, parquet.schema_arrow))
 
 
 def read_rows(shard: str | ShardFile, group: int) -> Rows:
-    """Read one row group, all columns; latents are views of Arrow's buffers and are not copied again."""
+    """Read one row group, all columns; latents are views of Arrow's buffers and are not copied again.
+
+    OSError or ValueError if there is no such group, or if what is read does not agree with its checksum.
+    """
     shard = open_shard(shard) if isinstance(shard, str) else shard
     return _rows(shard.parquet.read_row_group(group), shard.info)
 
@@ -206,7 +219,7 @@ def list_shards(folder: str) -> list[Shard]:
     belong together, FileNotFoundError if there are none.
     """
     if storage.exists(storage.join(folder, INDEX)):
-        shards = _from_index(folder)
+        shards = from_index(folder, storage.read_json(storage.join(folder, INDEX)))
     else:
         shards = [_from_footer(storage.join(folder, name)) for name in storage.listing(folder, ".parquet")]
     shards = [shard for shard in shards if shard.rows]
@@ -220,8 +233,21 @@ def list_shards(folder: str) -> list[Shard]:
 
 def write_index(folder: str, shards: Sequence[Shard]) -> None:
     """Write the list of a folder's current shards, at least one, which `list_shards` then reads for all footers."""
+    storage.write_json(storage.join(folder, INDEX), index_of(shards))
+
+
+def index_of(shards: Sequence[Shard]) -> dict:
+    """A list of shards of one folder, at least one, as JSON."""
     groups = {shard.path.rsplit("/", 1)[-1]: shard.row_groups for shard in shards}
-    storage.write_json(storage.join(folder, INDEX), {"info": asdict(shards[0].info), "row_groups": groups})
+    return {"info": asdict(shards[0].info), "row_groups": groups}
+
+
+def from_index(folder: str, index: dict) -> list[Shard]:
+    """The shards of a list that `index_of` made, sorted by name."""
+    info = info_from_json(index["info"])
+    return [
+        Shard(storage.join(folder, name), tuple(groups), info) for name, groups in sorted(index["row_groups"].items())
+    ]
 
 
 def info_from_json(value: dict) -> LatentInfo:
@@ -246,14 +272,6 @@ def _rows(table: pa.Table, info: LatentInfo) -> Rows:
         fps=table.column("fps").to_numpy(),
         start_s=table.column("start_s").to_numpy(),
     )
-
-
-def _from_index(folder: str) -> list[Shard]:
-    index = storage.read_json(storage.join(folder, INDEX))
-    info = info_from_json(index["info"])
-    return [
-        Shard(storage.join(folder, name), tuple(groups), info) for name, groups in sorted(index["row_groups"].items())
-    ]
 
 
 def _from_footer(path: str) -> Shard:

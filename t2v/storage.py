@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
@@ -63,14 +64,12 @@ def listing(folder: str, suffix: str = "") -> list[str]:
 
     Files that are still being written have names that begin with a dot and are left out.
     """
-    filesystem, inner = _resolve(folder)
-    filesystem.invalidate_cache(inner)
-    try:
-        entries = filesystem.ls(inner, detail=True)
-    except FileNotFoundError:
-        return []
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
-    return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+    return [name for name in _names(folder, "file") if name.endswith(suffix)]
+
+
+def folders(folder: str) -> list[str]:
+    """Sorted names of the folders in `folder`, hidden ones left out; a folder that does not exist is empty."""
+    return _names(folder, "directory")
 
 
 def matches(pattern: str) -> list[str]:
@@ -153,7 +152,18 @@ def read_json(path: str) -> Any:
 def write_json(path: str, value: Any) -> None:
     """Write `value` as JSON, atomically; keys are sorted, so equal values give equal bytes."""
     with open_atomic(path) as file:
-        file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+        file.write(_json(value))
+
+
+def write_json_once(path: str, value: Any) -> Any:
+    """Write `value` as JSON unless the file is there; returns what is there then, the same for all who try at once.
+
+    A local file is linked to its name, which only one can do; an object store is asked to refuse a second put.
+    """
+    if not exists(path):
+        with suppress(FileExistsError):
+            _create(path, _json(value))
+    return read_json(path)
 
 
 def read_lines(path: str) -> list[Any]:
@@ -172,6 +182,20 @@ def remove(path: str) -> None:
     filesystem, inner = _resolve(path)
     if filesystem.exists(inner):
         filesystem.rm_file(inner)
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder and all in it; one that is not there is no error."""
+    filesystem, inner = _resolve(path)
+    if filesystem.exists(inner):
+        filesystem.rm(inner, recursive=True)
+
+
+def copy_folder(source: str, target: str) -> None:
+    """Copy the files of a folder, each appearing whole, in order of their names."""
+    for name in listing(source):
+        with open_read(join(source, name)) as file, open_atomic(join(target, name)) as copy:
+            shutil.copyfileobj(file, copy, 1 << 24)
 
 
 @contextmanager
@@ -195,9 +219,8 @@ def open_atomic(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _beside(path: str) -> Iterator[BinaryIO]:
-    folder, name = os.path.split(path)
-    os.makedirs(folder or ".", exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -208,6 +231,44 @@ def _beside(path: str) -> Iterator[BinaryIO]:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def _names(folder: str, kind: str) -> list[str]:
+    filesystem, inner = _resolve(folder)
+    filesystem.invalidate_cache(inner)
+    try:
+        entries = filesystem.ls(inner, detail=True)
+    except FileNotFoundError:
+        return []
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind)
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _create(path: str, content: bytes) -> None:
+    """Writes a file whole; FileExistsError if there is one."""
+    filesystem, inner = _resolve(path)
+    filesystem.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+    if not is_local(path):
+        filesystem.pipe_file(inner, content, mode="create")
+        return
+    temporary = _temporary(inner)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, inner)
+    finally:
+        os.unlink(temporary)
+
+
+def _temporary(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
 
 
 def _outer(filesystem: fsspec.AbstractFileSystem, like: str, inner: str) -> str:

@@ -8,7 +8,7 @@ b samples, c channels, f frames, h w latent size, l tokens, d text width.
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from t2v.published import start_weights
 from t2v.unet import UNet
 
 BUCKETS = 4  # into which timesteps are divided where the log tells losses apart
+LOOK_S = 5.0  # between two looks for a machine that is about to be taken away
 
 
 class Host(Protocol):
@@ -50,7 +51,7 @@ class Host(Protocol):
         """Whether a machine of the run is about to be taken away; all ranks ask at once, and hear the same."""
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """Too many steps after each other whose gradient was not finite."""
 
 
@@ -89,6 +90,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.staged: Staged | None = None  # the last checkpoint, perhaps still on its way
         self.stall_s = 0.0
+        self.looked = time.monotonic()
         self.tallies: list[Tensor] = []  # since the last line of the log
         self.record = None
         if rank == 0:
@@ -107,12 +109,11 @@ class Trainer:
         if self.record:
             print(f"[train] {self.samples:,}/{self.job.samples:,} samples at the start", flush=True)
         feed = Feed(
-            self.inventory,
-            self.step,
-            self.slots,
-            self.job.seed,
-            self.job.train.shuffle_rows,
+            self.job,
+            self.rank,
+            torch.distributed.get_world_size(),
             first_step=self.samples // self.step.total,
+            draw=self.diffusion.draw,
             pin=self.engine.device.type == "cuda",
         )
         with closing(feed):
@@ -144,11 +145,12 @@ class Trainer:
         every = self.job.train.checkpoint_every_samples
         warned, steps = False, iter(feed)
         while self.samples < self.job.samples:
-            wants_log, wants_stop = self._train_step(next(steps))
+            looks, wants_stop = self._train_step(next(steps))
             self.host.beat(self.samples)
             due = _crossed(self.samples, self.step.total, every) or self.samples == self.job.samples or wants_stop
-            if wants_log and not warned and self.host.is_preempted():
+            if looks and not warned and self.host.is_preempted():
                 due = warned = True  # once: training goes on until the machine is gone
+            wants_log = time.monotonic() - self.begun > self.job.train.log_every_s
             if wants_log or due:
                 self._log(feed)
             if due:
@@ -159,20 +161,22 @@ class Trainer:
             if wants_stop:
                 return
 
-    def _train_step(self, batches: list[Batch]) -> tuple[bool, bool]:
-        """One step; returns whether a line of the log is due and whether a rank is to stop, the same on all ranks.
+    def _train_step(self, batches: Iterator[Batch]) -> tuple[bool, bool]:
+        """One step; returns whether to look for preemption and whether a rank is to stop, the same on all ranks.
 
         One all-reduce carries those votes and what the log tells of losses: their sum and number in each stream and
         quarter of the timesteps. It is read once `update`, which waits for the gradient, has let it arrive.
         """
         tally = torch.zeros(len(STREAMS) * BUCKETS + 1, 2, device=self.engine.device)
+        own = []  # what this rank trains on, for a diagnosis
         for batch in batches:
+            own.append(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}")
             losses, timesteps = self._losses(batch)
             self.engine.backward(losses.mean(), batch.slot.weight)
             row = STREAMS.index(batch.slot.stream) * BUCKETS + timesteps * BUCKETS // self.diffusion.config.timesteps
             tally.index_add_(0, row, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
-        wants_log = self.rank == 0 and time.monotonic() - self.begun > self.job.train.log_every_s
-        votes = torch.tensor([wants_log, self.host.wants_stop()], dtype=torch.float32)
+        looks = self.rank == 0 and time.monotonic() - self.looked > LOOK_S
+        votes = torch.tensor([looks, self.host.wants_stop()], dtype=torch.float32)
         tally[-1] = votes.to(tally.device, non_blocking=True)
         torch.distributed.all_reduce(tally)
         arrived = torch.empty(tally.shape, pin_memory=tally.is_cuda).copy_(tally, non_blocking=True)
@@ -183,12 +187,14 @@ class Trainer:
         applied = self.engine.update(rate, decay)
         if copied:
             copied.synchronize()
-        self._count(applied, batches, arrived)
-        log, stop = arrived[-1].tolist()
+        self._count(applied, own, arrived)
+        look, stop = arrived[-1].tolist()
+        if look:
+            self.looked = time.monotonic()
         self.tallies.append(arrived[:-1])
-        return log > 0, stop > 0
+        return look > 0, stop > 0
 
-    def _count(self, applied: bool, batches: list[Batch], tally: Tensor) -> None:
+    def _count(self, applied: bool, own: list[str], tally: Tensor) -> None:
         """Keeps count of the steps that were left out, and gives up with a diagnosis after too many in a row."""
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         self.skipped_steps += not applied
@@ -196,28 +202,27 @@ class Trainer:
             sums = tally[:-1, 0].view(len(STREAMS), BUCKETS)
             bad = [f"{stream} timesteps {1000 * place // BUCKETS}" for stream, row in zip(STREAMS, sums, strict=True)
                    for place, value in enumerate(row.tolist()) if not math.isfinite(value)]  # fmt: skip
-            own = ", ".join(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}" for batch in batches)
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite; the last at "
                 f"{self.samples:,} samples, learning rate {learning_rate(self.job.train, self.samples):.3g}, "
                 f"losses not finite: {', '.join(bad) or 'none, so they overflow in the backward pass'}; rank "
-                f"{self.rank} trained on {own}. The last checkpoint is from before: try a lower train.learning_rate "
-                "or train.clip_norm, another train.precision, or look for these samples' rows"
+                f"{self.rank} trained on {', '.join(own)}. The last checkpoint is from before: try a lower "
+                "train.learning_rate or train.clip_norm, another train.precision, or look for these samples' rows"
             )
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Eq. 5 for one slot's samples [b] and their timesteps [b]; random numbers are keyed by (seed, stream, sample)."""
+        """Eq. 5 for one slot's samples [b], and their timesteps [b]; (seed, stream, sample) keys all chance."""
         device = self.engine.device
         latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
-        draw = self.diffusion.draw(f"{self.job.seed} {batch.slot.stream}", batch.sample, latents.shape[1:])
         if batch.logvar is not None:
             deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
-            latents += deviation * draw.posterior_noise.to(device, non_blocking=True)
+            latents += deviation * batch.draw.posterior_noise.to(device, non_blocking=True)
         latents *= self.inventory[batch.slot.stream][0].info.scale
-        text = self.text.encode(draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
+        text = self.text.encode(batch.draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
         dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
-        noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
+        noise = batch.draw.noise.to(device, non_blocking=True)
+        timesteps = batch.draw.timesteps.to(device, non_blocking=True)
         return self.diffusion.loss(self._predict, latents, text, timesteps, noise), timesteps
 
     def _predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

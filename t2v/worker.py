@@ -1,22 +1,46 @@
-"""Training on Ray Train: starts the ranks, gives each its checkpoint, and keeps the new ones."""
+"""Training on Ray Train: starts the ranks, keeps their checkpoints, and starts them anew after what clusters do."""
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    CheckpointUploadMode,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    ValidationConfig,
+    ValidationTaskConfig,
+)
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
-from t2v import storage
+from t2v import shards, storage
+from t2v.checkpoint import CheckpointError, newest_first, read_state
+from t2v.engine import Staged
 from t2v.job import STREAMS, TrainJob
 from t2v.published import start_weights
+from t2v.watch import Pulse, Watch
 
-PREVIEW_GRACE_S = 180.0  # for samples of the last model to be drawn, after the last step
+PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
+NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
+HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # what the same data and configuration would meet again
 GAUGES = {
     "samples_per_s": "Samples of both streams a second",
     "data_wait_share": "Share of the time spent waiting for data",
@@ -28,21 +52,55 @@ OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 def fit(job: TrainJob, on_export: OnExport) -> None:
     """Trains until `train.samples`, from the run folder's newest checkpoint if it has one.
 
-    ValueError if shards and job do not go together, or the folder was begun with another model, order or batch.
+    SIGTERM has all ranks write a checkpoint and end. ValueError if shards and job do not go together, the folder was
+    begun with another model, order or batch, another job trains in it, or the training diverged.
     """
     job.inventory()
     if job.is_fresh and job.model.start and storage.is_local(job.model.start):
         start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
     _keep_identity(job)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # which prints every line of a rank twice
+    if not ray.is_initialized():
+        ray.init()
+    with _watched(job) as watch:
+        _supervise(job, watch, on_export)
+    newest = newest_first(storage.join(job.run_dir, "train"))[0]
+    samples = read_state(newest)["samples"]
+    if samples < job.samples:
+        print(f"[train] stopped as asked at {samples:,}/{job.samples:,} samples; the same command goes on", flush=True)
+    elif job.exported_samples < samples:  # its validation failed
+        from t2v.validation import export
+
+        export(job, newest, samples)
+
+
+def _supervise(job: TrainJob, watch: Any, on_export: OnExport) -> None:
+    """Runs Ray Train; what becomes of ranks is for it to see, and here what becomes of itself."""
+    for failures in range(job.train.max_failures + 1):
+        _mend_registry(job)
+        try:
+            _trainer(job, watch, on_export).fit()
+            return
+        except ControllerError as error:
+            if isinstance(error.controller_failure, HOPELESS + (RuntimeError,)):
+                raise error.controller_failure from None
+            raise
+        except RayActorError:
+            if failures == job.train.max_failures:
+                raise
+            print("[train] Ray Train's controller died; it is started anew", flush=True)
+            time.sleep(_back_off_s(failures))
+
+
+def _trainer(job: TrainJob, watch: Any, on_export: OnExport) -> TorchTrainer:
     train = job.train
     on_gpu = train.gpus_per_worker > 0
-    TorchTrainer(
+    return TorchTrainer(  # type: ignore[call-arg]  # a checker sees the trainer of Ray Train's first version
         _work,
-        train_loop_config={"job": job, "on_export": on_export},
+        train_loop_config={"job": job, "watch": watch},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.workers,
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,  # type: ignore[arg-type]
             use_gpu=on_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if on_gpu else {}),
         ),
@@ -50,9 +108,13 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
             name="train",
             storage_path=job.run_dir,
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=-1),  # _Failures counts them, from checkpoint to checkpoint
+            callbacks=[_Failures(train.max_failures)],  # type: ignore[list-item]
         ),
-    ).fit()
+        validation_config=ValidationConfig(
+            partial(_validate, job=job, on_export=on_export), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
+        ),
+    )
 
 
 def _work(settings: dict) -> None:
@@ -61,20 +123,164 @@ def _work(settings: dict) -> None:
 
     job: TrainJob = settings["job"]
     context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
     if not job.train.gpus_per_worker:
         torch.set_num_threads(job.train.cpus_per_worker)
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-        rank, world = context.get_world_rank(), context.get_world_size()
-        trainer = Trainer(job, rank, world, folder, _report, _Gauges().set, settings["on_export"])
-    trainer.run()
-    if trainer.started:  # tasks end with the process that started them
-        ray.wait(trainer.started, num_returns=len(trainer.started), timeout=PREVIEW_GRACE_S)
-    trainer.close()
+    checkpoints = broadcast_from_rank_zero(_checkpoints(job) if rank == 0 else None)
+    with closing(Pulse(settings["watch"], rank, world)) as pulse:
+        trainer = Trainer(job, rank, world, checkpoints, _Host(job, pulse))
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
 
 
-def _report(folder: str, samples: int) -> None:
-    ray.train.report({"samples": samples}, checkpoint=Checkpoint.from_directory(folder))
+class _Host:
+    """What surrounds a rank (t2v/trainer.py)."""
+
+    def __init__(self, job: TrainJob, pulse: Pulse) -> None:
+        self._job, self._pulse = job, pulse
+        self._gauges = _Gauges()
+        self.observe = self._gauges.set
+
+    def report(self, staged: Staged, samples: int, milestone: bool) -> None:
+        """Has Ray Train write a checkpoint in a thread of its own, and commit it once all ranks have."""
+        place = ray.train.get_context().get_storage()
+
+        def write(_: Checkpoint, name: str) -> Checkpoint:
+            staged.write(storage.join(self._job.run_dir, "train", name))
+            return Checkpoint(f"{place.experiment_fs_path}/{name}", place.storage_filesystem)
+
+        ray.train.report(
+            {"samples": samples},
+            checkpoint=Checkpoint(tempfile.gettempdir()),  # it wants a folder; `write` does without
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=write,
+            validation=ValidationTaskConfig({"samples": samples}) if milestone else False,
+        )
+
+    def beat(self, samples: int) -> None:
+        self._pulse.samples = samples
+
+    def wants_stop(self) -> bool:
+        return self._pulse.wants_stop
+
+    def is_preempted(self) -> bool:
+        return ray.train.get_preemption_info() is not None
+
+
+class _Failures(UserCallback):
+    """Waits ever longer before ranks are started anew, and gives up where that cannot help; in Ray's controller."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count = most, 0
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        self._count = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises what ends the run: a mistake that would be met again, or one failure too many."""
+        causes = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
+        for cause in causes:
+            if isinstance(cause, HOPELESS):
+                raise cause
+        self._count += 1
+        what = f"{type(causes[0]).__name__}: {str(causes[0]).strip().splitlines()[0] if str(causes[0]) else ''}"
+        if self._count > self._most:
+            raise RuntimeError(f"{self._count} failures without a new checkpoint between them; the last one: {what}")
+        wait = _back_off_s(self._count - 1)
+        print(f"[train] rank {next(iter(worker_exceptions))} failed ({what[:200]}); anew in {wait:.0f} s", flush=True)
+        time.sleep(wait)
+
+
+def _back_off_s(failures: int) -> float:
+    return min(60.0, 2.0**failures)
+
+
+def _checkpoints(job: TrainJob) -> list[str]:
+    """What there is to go on from, newest first; removes what Ray Train has lost sight of and nobody goes on from."""
+    reported = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+    known = {str(entry.checkpoint.path).rstrip("/").rsplit("/", 1)[-1] for entry in reported}
+    whole = []
+    for folder in newest_first(storage.join(job.run_dir, "train")):
+        is_lost = folder.rsplit("/", 1)[-1] not in known and not folder.endswith("/checkpoint")
+        try:
+            read_state(folder)
+        except (CheckpointError, ValueError) as error:
+            print(f"[train] skipped a checkpoint: {error}", flush=True)
+        else:
+            whole.append(folder)
+            is_lost &= len(whole) > job.train.keep_checkpoints
+        if is_lost:
+            storage.remove_folder(folder)
+    return whole
+
+
+def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, samples: int) -> dict[str, Any]:
+    """What becomes of a milestone, in a task of its own: its model is exported, and what it can do is shown."""
+    from t2v import validation
+
+    folder = storage.join(job.run_dir, "train", checkpoint.path.rstrip("/").rsplit("/", 1)[-1])
+    validation.export(job, folder, samples)
+    if samples < job.samples:
+        validation.keep(job, folder, samples)
+    prompts = shards.read_rows(job.inventory()["videos"][0].path, 0).caption[:8]
+    preview = on_export(job, prompts, samples)
+    try:
+        ray.get(preview, timeout=PREVIEW_GRACE_S)
+    except GetTimeoutError:
+        ray.cancel(preview, force=True)
+        print(f"[train] no room was free in {PREVIEW_GRACE_S:.0f} s to sample the model of {samples:,} samples")
+    return {}
+
+
+@contextmanager
+def _watched(job: TrainJob) -> Iterator[Any]:
+    """A Watch, of which there is one a run folder; SIGTERM asks it to stop all ranks."""
+    name = f"train {job.run_dir}"
+    deadline = time.monotonic() + NAME_GRACE_S
+    while True:
+        try:
+            watch = Watch.options(name=name, namespace="t2v").remote(job.train.hang_s)  # type: ignore[attr-defined]
+            break
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"{job.run_dir}: another job of this cluster trains here; stop it first") from None
+            time.sleep(1)
+
+    def stop(number: int, frame: Any) -> None:
+        print("[train] asked to stop: all ranks write a checkpoint", flush=True)
+        watch.stop.remote()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ray.kill(watch)
+
+
+def _mend_registry(job: TrainJob) -> None:
+    """Removes Ray Train's note of its checkpoints if it could not start with it.
+
+    A kill can leave it half-written, another version writes another one, and a folder that it names can be gone. The
+    checkpoints themselves tell what they are.
+    """
+    if job.is_fresh:
+        return
+    try:
+        note = storage.read_json(job.registry)
+        names = [entry["checkpoint_dir_name"] for entry in note["checkpoint_results"]]
+        gone = [name for name in names if not storage.exists(storage.join(job.run_dir, "train", name))]
+        problem = f"it names {gone[0]}, which is gone" if gone else ""
+        if note["ray_version"] != ray.__version__:
+            problem = f"Ray {note['ray_version']} has written it"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = str(error)
+    if problem:
+        print(f"[train] Ray Train's list of checkpoints is begun anew: {problem}", flush=True)
+        storage.remove(job.registry)
 
 
 class _Gauges:
@@ -93,19 +299,16 @@ class _Gauges:
 
 
 def _keep_identity(job: TrainJob) -> None:
-    """Writes down what a resumed run must not change, or compares it with what was written down.
-
-    The number of workers is among it because a checkpoint is read back by as many ranks as wrote it.
-    """
+    """Writes down what a resumed run must not change, or compares it with what was written down."""
     path = storage.join(job.run_dir, "train", "identity.json")
     identity = {
         "seed": job.seed,
         "frames": job.frames,
-        "workers": job.train.workers,
         "unet": asdict(job.model.unet),
         "text": asdict(job.model.text),
         "mix": asdict(job.train.mix),
         "shuffle_rows": job.train.shuffle_rows,
+        "held_out_rows": job.train.held_out_rows,
         "diffusion": asdict(job.diffusion),
     }
     if not storage.exists(path):

@@ -91,7 +91,7 @@ def this_code(shards: list[list[dict]], output: Path) -> Iterator[None]:
     download = Fetcher(config)
     for index, rows in enumerate(shards):
         fetched = download([row["url"] for row in rows])
-        with storage.open_atomic(f"{output}/{index:05d}.tar") as file, TarWriter(file) as tar:
+        with storage.open_atomic(f"{output}/{index:05d}.tar") as file, TarWriter(file, mtime=0) as tar:
             for row, one in zip(rows, fetched, strict=True):
                 (frame,) = read_image(one.body, SIZE)
                 frame = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from pipelines.addresses import ForbiddenAddress, GuardedResolver, guarded_socket, is_allowed
 from pipelines.config import FetchConfig
-from pipelines.fetch import Fetcher, extension, fetch_all, open_session
+from pipelines.fetch import Fetcher, _Room, extension, fetch_all, open_session
 from pipelines.web import serve
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(2000)
@@ -153,6 +153,37 @@ def test_waiting_for_a_turn_is_not_timed():
     assert {one.status for one in fetched} == {"ok"}
 
 
+@pytest.mark.parametrize("kind", ["drip", "drip/unannounced"])
+@pytest.mark.parametrize(("most", "at_once"), [(1 << 30, 8), (900_000, 4), (1, 1)])
+def test_bodies_under_way_are_bounded_together_and_all_of_them_come(monkeypatch, kind, most, at_once):
+    """Each is of 256 kB in pieces of 32 kB; waiting for room is not on a body's clock."""
+    held, peak = {}, [0]
+    hold, leave = _Room.reserve, _Room.leave
+
+    async def reserve(self, part, size):
+        await hold(self, part, size)
+        held[id(part)] = part.reserved
+        peak[0] = max(peak[0], sum(held.values()))
+
+    async def freed(self, part):
+        held.pop(id(part), None)
+        await leave(self, part)
+
+    monkeypatch.setattr(_Room, "reserve", reserve)
+    monkeypatch.setattr(_Room, "leave", freed)
+    config = FetchConfig(allow_networks=LOOPBACK, max_bytes_under_way=most, timeout_s=1.5, retries=0)
+    fetched, _ = fetch([f"/{kind}?{number}" for number in range(8)], config)
+    assert [one.body for one in fetched] == [LARGE + str(number).encode() for number in range(8)]
+    assert peak[0] <= min(most + len(LARGE) + 1, 8 * (len(LARGE) + 1))
+    assert peak[0] >= (at_once - 1) * len(LARGE) // 2
+
+
+def test_a_body_that_breaks_off_leaves_its_room():
+    config = FetchConfig(allow_networks=LOOPBACK, max_bytes_under_way=1, timeout_s=2, retries=0)
+    fetched, _ = fetch(["/cut", "/status/404", "/cut", "/good.jpg"], config)
+    assert [one.status for one in fetched] == ["connection", "http_404", "connection", "ok"]
+
+
 @pytest.mark.parametrize("how", ["etag", "modified"])
 def test_a_body_that_breaks_off_is_continued_where_it_broke(how):
     (fetched,), asked = fetch([f"/range/{how}"], FetchConfig(allow_networks=LOOPBACK, retries=2))
@@ -264,6 +295,16 @@ def _application(asked):
             await response.write(JPEG)
         return response
 
+    async def drip(request):
+        body = LARGE + request.query_string.encode()
+        announced = {} if request.path.endswith("unannounced") else {"Content-Length": str(len(body))}
+        response = web.StreamResponse(headers=announced)
+        await response.prepare(request)
+        for start in range(0, len(body), 1 << 15):
+            await response.write(body[start : start + (1 << 15)])
+            await asyncio.sleep(0.02)
+        return response
+
     async def status(request):
         return web.Response(status=int(request.match_info["code"]))
 
@@ -323,6 +364,8 @@ def _application(asked):
         "cut": cut,
         "stalled": stalled,
         "chunked": chunked,
+        "drip": drip,
+        "drip/unannounced": drip,
         "status/{code}": status,
         "to": redirect,
         "loop": redirect,

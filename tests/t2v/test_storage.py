@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,3 +68,12 @@ def test_a_broken_json_file_is_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json"):
         storage.read_json(str(tmp_path / "broken.json"))
+
+
+def test_of_many_who_write_a_file_once_all_read_the_first(folder):
+    path = storage.join(folder, "a", "b.json")
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda number: storage.write_json_once(path, {"n": number}), range(32)))
+    assert all(value == found[0] for value in found)
+    assert storage.read_json(path) == found[0]
+    assert storage.listing(storage.join(folder, "a")) == ["b.json"]

@@ -1,10 +1,11 @@
 """One rank of a training run without Ray: torchrun tests/t2v/train_ranks.py FOLDER PLAN
 
 PLAN is JSON: a list of legs, each trained after the other as {"run": name of a folder in FOLDER, "samples": where it
-ends, "from": checkpoints to go on from, newest first, "train": changes of TrainConfig, "broken": how many steps in a
-row, the first one being "broken_at", have losses that are not finite}. A run's folder holds latents and a VAE; a
-folder `start` in it is `model.start`. Every checkpoint is kept as RUN/checkpoint-SAMPLES, the averaged weights at the
-end as RUN/average.safetensors.
+ends, "from": checkpoints to go on from, newest first, "dropout": of the UNet, "train": changes of TrainConfig,
+"stop_at": samples at which the last rank is asked to stop, "broken": how many steps in a row, the first one being
+"broken_at", have losses that are not finite}. A run's folder holds latents and a VAE; a folder `start` in it is
+`model.start`. Every checkpoint is kept as RUN/checkpoint-SAMPLES, the averaged weights at the end as
+RUN/average.safetensors.
 """
 
 import json
@@ -21,8 +22,7 @@ from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, Te
 from t2v.engine import Staged
 from t2v.feed import Batch
 from t2v.job import TrainJob
-from t2v.trainer import Trainer
-from t2v.unet import UNet
+from t2v.trainer import Diverged, Trainer
 
 STEP_SAMPLES = 4 + 3 * 2
 
@@ -83,6 +83,7 @@ def run(folder: str, leg: dict) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     run_dir = f"{folder}/{leg['run']}"
     whole = job(run_dir, world)
+    whole.model.unet.dropout = leg.get("dropout", whole.model.unet.dropout)
     whole.train = replace(whole.train, **{"samples": leg["samples"]} | leg.get("train", {}))
     checkpoints = [f"{folder}/{name}" for name in leg.get("from", [])]
     trainer = Trainer(whole, rank, world, checkpoints, Alone(run_dir, leg.get("stop_at")))
@@ -90,11 +91,19 @@ def run(folder: str, leg: dict) -> None:
         break_losses(trainer, leg["broken_at"], leg["broken"])
     try:
         trainer.run()
-    finally:
-        trainer.close()
+    except Diverged as error:
+        print(f"Diverged: {error}")
+    trainer.close()
     torch.distributed.barrier()
+    if not os.path.exists(f"{run_dir}/checkpoint-{trainer.samples}"):
+        return
     if rank == 0:
-        shapes = {name: weight.shape for name, weight in UNet(whole.model.unet).named_parameters()}
+        trained = trainer.engine.engine.module.named_parameters()
+        shapes = {
+            name: torch.Size(getattr(weight, "ds_shape", weight.shape))
+            for name, weight in trained
+            if weight.requires_grad
+        }
         average = read_average(f"{run_dir}/checkpoint-{trainer.samples}", shapes)
         save_file(average, f"{run_dir}/average.safetensors")
     torch.distributed.barrier()
