@@ -4,6 +4,8 @@ Two moments can be the fullest: the start of a backward pass, when all that the 
 the optimizer's step, when all gradients are. DeepSpeed's share is as its version in pyproject.toml allocates it.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from t2v.cards import GIB
@@ -20,14 +22,16 @@ VOCABULARY = 49_408
 RESERVE = 3 * GIB  # for CUDA's context, NCCL's buffers, and what the allocator and convolutions need to be fast
 
 
-def predict(job: TrainJob) -> dict[str, float]:
+def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dict[str, float]:
     """Bytes of each part of the fullest rank's memory, at its fullest moment; together they are what a card must have.
+
+    `ranks` are the micro-batches of each rank where they are not those that the job gives them.
 
     All but `reserve` is what torch.cuda.max_memory_allocated will say. With `precision: fp32` it is a lower bound: the
     kernels for attention, which keep least, are for 16 bits.
     """
     world, train = job.train.workers, job.train
-    ranks = [job.step.of_rank(rank, world) for rank in range(world)]
+    ranks = ranks or [job.step.of_rank(rank, world) for rank in range(world)]
     weights, trained = count_weights(job.model.unet, train.trained)
     passes, update = _gradients(train, len(ranks[0]), trained)
     during_passes = {

@@ -25,18 +25,19 @@ def largest_slots(job: TrainJob) -> list[Slot]:
     return [max((s for s in slots if s.stream == stream), key=lambda slot: slot.count) for stream in STREAMS]
 
 
-def rehearse(job: TrainJob, steps: int = 1) -> float:
-    """Seconds of the last of some steps, each of the largest micro-batch of both streams, by a world of one.
+def rehearse(job: TrainJob, slots: list[Slot], steps: int = 1) -> float:
+    """Seconds of the last of some steps, each of these micro-batches, by a world of one.
 
     It makes and ends the process's torch.distributed group. ValueError if a gradient is not finite.
     """
     on_gpu = torch.cuda.is_available() and job.train.gpus_per_worker > 0
     os.environ.setdefault("LOCAL_RANK", "0")
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = {"init_method": f"file://{folder}/rendezvous", "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", **rendezvous)
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
+        )
         try:
-            return _rehearse(job, largest_slots(job), steps)
+            return _rehearse(job, slots, steps)
         finally:
             torch.distributed.destroy_process_group()
 
