@@ -7,7 +7,9 @@ from jobs.config import Config, job, parse, parser
 
 
 def main() -> None:
-    config, _ = parse(parser(__doc__))
+    arguments = parser(__doc__)
+    arguments.add_argument("--dry_run", action="store_true", help="say what a run would do, try a step, train nothing")
+    config, given = parse(arguments)
     with job("train", config):
         if _trained_samples(config) >= config.train.samples:
             print(f"[train] nothing to do: {config.run_dir}/train/model has seen {config.train.samples:,} samples")
@@ -28,7 +30,12 @@ def main() -> None:
             sample=config.sample,
         )
         check_steps(config.sample, config.diffusion)  # which samples along the way take
-        fit(train_job, start_preview)
+        if given.dry_run:
+            from t2v.checks import dry_run
+
+            dry_run(train_job)
+        else:
+            fit(train_job, start_preview)
 
 
 def _trained_samples(config: Config) -> int:

@@ -34,7 +34,9 @@ def test_help_needs_neither_torch_nor_ray(name: str) -> None:
 def test_presets_are_complete_and_their_steps_possible(preset: Path) -> None:
     config, _ = parse(parser(""), ["--config", str(preset)])
     step = plan_step(config.train.mix, config.data.frames)
-    assert len(step.of_rank(0, config.train.workers)) == len(step.slots) // config.train.workers
+    slots = [step.of_rank(rank, config.train.workers) for rank in range(config.train.workers)]
+    assert sum(slot.count for rank in slots for slot in rank) == step.total
+    assert len({len(rank) for rank in slots}) == 1
 
 
 def test_the_papers_two_readings_of_the_batch_sizes() -> None:

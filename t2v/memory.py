@@ -1,0 +1,121 @@
+"""How much GPU memory a rank will need, predicted: a run that does not fit should not begin.
+
+Two moments can be the fullest: the start of a backward pass, when all that the forward pass kept is still there, and
+the optimizer's step, when all gradients are. DeepSpeed's share is as its version in pyproject.toml allocates it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from t2v.cards import GIB
+from t2v.config import TextConfig, TrainConfig, UNetConfig
+from t2v.cost import NARROW, WIDE, unet_cost, widest_tensor
+from t2v.job import TrainJob
+from t2v.keys import is_temporal
+from t2v.mix import Slot
+from t2v.unet import UNet
+
+BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once
+GATHERED = 1_000_000_000  # weights that ZeRO-3 holds at most beside its own
+VOCABULARY = 49_408
+RESERVE = 3 * GIB  # for CUDA's context, NCCL's buffers, and what the allocator and convolutions need to be fast
+
+
+def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dict[str, float]:
+    """Bytes of each part of the fullest rank's memory, at its fullest moment; together they are what a card must have.
+
+    `ranks` are the micro-batches of each rank where they are not those that the job gives them.
+
+    All but `reserve` is what torch.cuda.max_memory_allocated will say. With `precision: fp32` it is a lower bound: the
+    kernels for attention, which keep least, are for 16 bits.
+    """
+    world, train = job.train.workers, job.train
+    ranks = ranks or [job.step.of_rank(rank, world) for rank in range(world)]
+    weights, trained = count_weights(job.model.unet, train.trained)
+    passes, update = _gradients(train, len(ranks[0]), trained)
+    during_passes = {
+        "gradients": passes,
+        "communication": _buckets(train),
+        "activations": max(activation_bytes(job, slot) for slots in ranks for slot in slots),
+    }
+    during_update = {"gradients": update, "communication": 0.0, "activations": 0.0}
+    parts = {
+        "weights": _weights(train, weights),
+        "optimizer and average": _states(train, trained),
+        "text tower": 4.0 * count_text_weights(job.model.text),
+        "reserve": float(RESERVE),
+    }
+    return parts | max(during_passes, during_update, key=lambda moment: sum(moment.values()))
+
+
+def count_weights(config: UNetConfig, trained: str = "all") -> tuple[int, int]:
+    """Parameters of the UNet: all of them, and those that are trained."""
+    with torch.device("meta"):
+        counts = {name: weight.numel() for name, weight in UNet(config).named_parameters()}
+    return sum(counts.values()), sum(n for name, n in counts.items() if trained == "all" or is_temporal(name))
+
+
+def count_text_weights(config: TextConfig) -> int:
+    """Parameters of the text tower, nearly; a checkpoint's is taken to be ViT-H/14's, whose shape is the default."""
+    shape = config if config.weights == "random" else TextConfig()
+    layers = shape.layers - config.skip_layers
+    return 12 * layers * shape.width**2 + (VOCABULARY + shape.context) * shape.width
+
+
+def activation_bytes(job: TrainJob, slot: Slot) -> float:
+    """What a micro-batch has in memory as its backward pass begins.
+
+    That starts at full resolution with a feed-forward layer: the gradients of what its gate reads and writes, and what
+    the gate writes once more. With `recompute: gates` the layer's norm and what its gate reads come on top.
+    """
+    frames, size = job.frames_of(slot.stream), job.size // 8
+    cost = unet_cost(job.model.unet, frames, size, job.model.text.context)
+    keeps_gates = job.train.recompute == "activations"
+    widths = WIDE + 2 * NARROW + (0 if keeps_gates else WIDE + 1)
+    numbers = cost.kept + (cost.gates if keeps_gates else 0) + widths * widest_tensor(job.model.unet, frames, size)
+    return _bytes(job.train) * float(slot.count * numbers + cost.once)
+
+
+def _bytes(train: TrainConfig) -> int:
+    return 4 if train.precision == "fp32" else 2
+
+
+def _is_plain(train: TrainConfig) -> bool:
+    return train.zero_stage == 0 and train.precision == "fp32"
+
+
+def _share(train: TrainConfig) -> float:
+    """The part of what ZeRO shards that one rank has; DeepSpeed's optimizer for bf16 shards at stage 0 too."""
+    return 1.0 if _is_plain(train) else 1 / train.workers
+
+
+def _weights(train: TrainConfig, weights: int) -> float:
+    if train.zero_stage < 3:
+        return _bytes(train) * float(weights)
+    own = weights / train.workers
+    return _bytes(train) * (own + min(weights - own, GATHERED))
+
+
+def _states(train: TrainConfig, trained: int) -> float:
+    """fp32 masters, AdamW's two moments and the average; without ZeRO and in fp32 the weights are the masters."""
+    return (12.0 if _is_plain(train) else 16.0) * trained * _share(train)
+
+
+def _buckets(train: TrainConfig) -> float:
+    """Where gradients wait for their reduction: two, so that one fills while the other is sent."""
+    return {0: 0, 1: 2, 2: 2, 3: 1}[train.zero_stage] * _bytes(train) * float(BUCKET)
+
+
+def _gradients(train: TrainConfig, micro_batches: int, trained: int) -> tuple[float, float]:
+    """Bytes of gradients as the last backward pass begins, and in the optimizer's step.
+
+    Sums of several micro-batches are kept in fp32 (t2v/engine.py), from ZeRO-2 on of a rank's own share alone. Others
+    are copied for the step: once into one piece, once to fp32.
+    """
+    own = trained * _share(train)
+    held = own if train.zero_stage > 1 else float(trained)
+    if micro_batches > 1 or train.zero_stage == 0:
+        return 4 * held, 4 * held
+    copies = 4 if train.precision == "fp32" else 2 + 4
+    return 0.0, _bytes(train) * held + copies * own

@@ -1,0 +1,76 @@
+"""Peak memory of training steps through t2v/engine.py on one GPU, beside what t2v/memory.py predicts.
+
+    python tests/benchmarks/memory.py [tiny]
+
+Three configurations of the published model, ZeRO-2, each in a process of its own: a small batch, a large one, and a
+larger one that recomputes gates. `tiny` shows on a CPU, with a small model, that the script works; there is
+no memory to measure there.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+CASES = ("small batch", "large batch", "gates")
+STEPS = 2  # the second one finds AdamW's moments there
+
+
+def main(tiny: bool) -> None:
+    from header import header
+
+    print(header(), flush=True)
+    for case in CASES:
+        command = [sys.executable, __file__, "only", case, *(["tiny"] if tiny else [])]
+        done = subprocess.run(command, timeout=420)
+        if done.returncode:
+            print(f"{case}: failed with code {done.returncode}", flush=True)
+
+
+def make_job(case: str, tiny: bool) -> object:
+    from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
+    from t2v.job import TrainJob
+
+    frames = {"small batch": (16, 16), "large batch": (320, 160), "gates": (256, 256)}[case]
+    mix = MixConfig(slots=2, image_every=2, frames_per_slot=frames[0], micro_frames=frames[1])
+    recompute = "gates" if case == "gates" else "activations"
+    train = TrainConfig(workers=1, gpus_per_worker=0 if tiny else 1, recompute=recompute, mix=mix)
+    text = TextConfig("random", layers=23, skip_layers=0)
+    unet = UNetConfig()
+    if tiny:
+        train.precision, text = "fp32", TextConfig("random", width=16, heads=2, layers=2)
+        unet = UNetConfig(block_out_channels=[16, 32], layers_per_block=1, head_dim=8, text_dim=16, norm_groups=8)
+    size = 32 if tiny else 256
+    return TrainJob("", 0, size, 16, ModelConfig(unet, text=text), DiffusionConfig(), train, SampleConfig())
+
+
+def only(case: str, tiny: bool) -> None:
+    """Trains some steps on random latents as a rank does, and prints both peaks."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    import torch
+
+    from t2v.cards import GIB
+    from t2v.memory import predict
+    from t2v.rehearsal import largest_slots, rehearse
+
+    job = make_job(case, tiny)
+    predicted = predict(job)
+    seconds = rehearse(job, largest_slots(job), STEPS)
+    expected = sum(predicted.values()) - predicted["reserve"]
+    parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in predicted.items() if name != "reserve")
+    line = f"{case:<12} predicted {expected / GIB:6.2f} GiB"
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        line += (
+            f"  measured {peak / GIB:6.2f}  difference {expected / peak - 1:+.1%}  of {torch.cuda.get_device_name()}"
+        )
+    print(f"{line}  last of {STEPS} steps {seconds:.2f} s\n    {parts}", flush=True)
+
+
+if __name__ == "__main__":
+    tiny = "tiny" in sys.argv
+    if sys.argv[1:2] == ["only"]:
+        only(sys.argv[2], tiny)
+    else:
+        main(tiny)
