@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayTaskError
 
 from t2v import storage
@@ -23,9 +24,15 @@ CPU_FLOPS = 1e12  # that a rehearsal without a GPU may take: some seconds on a f
 def check(job: TrainJob, resources: Resources) -> list[str]:
     """What a run will do, in lines, or ValueError or FileNotFoundError with the first thing that keeps it from it.
 
-    `resources` is ray.cluster_resources(); without any, as on a cluster that grows on demand, there is no look at them.
+    `resources` are `cluster_resources()`.
     """
     return [line for one in CHECKS for line in one(job, resources)]
+
+
+def cluster_resources() -> Resources:
+    """What the cluster has, or can grow to where it has an autoscaler (whose word Ray Train takes, too)."""
+    now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
+    return now | {name: max(count, now.get(name, 0)) for name, count in most.items()}
 
 
 def dry_run(job: TrainJob) -> None:
@@ -35,7 +42,7 @@ def dry_run(job: TrainJob) -> None:
     """
     if not ray.is_initialized():
         ray.init()
-    resources, problems = ray.cluster_resources(), 0
+    resources, problems = cluster_resources(), 0
     for one in (*CHECKS, _rehearsal):
         try:
             lines = one(job, resources)
@@ -63,7 +70,7 @@ def _workers(job: TrainJob, resources: Resources) -> list[str]:
     train = job.train
     workers = train.min_workers or train.workers
     for kind, each in (("GPU", train.gpus_per_worker), ("CPU", train.cpus_per_worker)):
-        if resources and workers * each > resources.get(kind, 0):
+        if workers * each > resources.get(kind, 0):
             key = "train.workers" if train.min_workers is None else "train.min_workers"
             raise ValueError(
                 f"{key}: {workers} workers of train.{kind.lower()}s_per_worker {each} need {workers * each} {kind}s, "

@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor
 
 from t2v import frozen, storage
+from t2v.cards import mfu
 from t2v.checkpoint import CheckpointError
 from t2v.config import TrainConfig
 from t2v.diffusion import Diffusion
@@ -25,6 +26,7 @@ from t2v.engine import Engine, Staged
 from t2v.feed import Batch, Feed
 from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
+from t2v.plan import sample_flops
 from t2v.published import start_weights
 from t2v.unet import UNet
 
@@ -75,7 +77,7 @@ class Trainer:
     """One rank of a training run, which goes on from the first of `checkpoints` (newest first) that is whole."""
 
     def __init__(self, job: TrainJob, rank: int, world: int, checkpoints: Sequence[str], host: Host) -> None:
-        self.job, self.step, self.rank, self.host = job, job.step, rank, host
+        self.job, self.step, self.rank, self.world, self.host = job, job.step, rank, world, host
         self.slots = self.step.of_rank(rank, world)
         self.inventory = job.inventory()
         torch.manual_seed(job.seed)
@@ -100,6 +102,7 @@ class Trainer:
             self.lines = _read_log(job.log_path, self.samples)
             self.next_write = 0.0
             self.restarts = _count_start(job, self.samples, world)
+            self.rank_flops = sum(self.step.work(world, sample_flops(job))) / world  # of a step
             self.record = Record(job.run_dir, "train", asdict(job))
 
     def run(self) -> None:
@@ -112,7 +115,7 @@ class Trainer:
         feed = Feed(
             self.job,
             self.rank,
-            torch.distributed.get_world_size(),
+            self.world,
             first_step=self.samples // self.step.total,
             draw=self.diffusion.draw,
             pin=self.engine.device.type == "cuda",
@@ -246,6 +249,7 @@ class Trainer:
                 "gradient_norm": self.engine.gradient_norm(),
                 "learning_rate": learning_rate(self.job.train, self.samples),
                 "memory_gib": _memory_gib(self.engine.device),
+                "mfu": self._mfu(seconds),
                 "skipped_steps": self.skipped_steps,
                 "restarts": self.restarts,
                 "seconds": seconds,
@@ -254,6 +258,12 @@ class Trainer:
                 line |= {"checkpoint_s": self.staged.write_s, "checkpoint_stall_s": self.stall_s}
             self._tell(line)
         self._begin_interval(feed)
+
+    def _mfu(self, seconds: float) -> float:
+        """Counted FLOPs over the card's limit, of ranks on average; 0 where the limit is not known."""
+        if self.engine.device.type != "cuda":
+            return 0.0
+        return mfu(len(self.tallies) * self.rank_flops, seconds, torch.cuda.get_device_name()) or 0.0
 
     def _tell(self, line: dict[str, float]) -> None:
         print(

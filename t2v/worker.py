@@ -33,6 +33,7 @@ from ray.util.metrics import Gauge
 
 from t2v import shards, storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
+from t2v.checks import check, cluster_resources
 from t2v.job import STREAMS, TrainJob
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
@@ -59,16 +60,18 @@ OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 def fit(job: TrainJob, on_export: OnExport) -> None:
     """Trains until `train.samples`, from the run folder's newest checkpoint if it has one.
 
-    SIGTERM has all ranks write a checkpoint and end. ValueError if shards and job do not go together, the folder was
-    begun with another model, order or batch, another job trains in it, or the training diverged.
+    SIGTERM has all ranks write a checkpoint and end. ValueError if data, cluster and job do not go together
+    (t2v/checks.py), the folder was begun with another model, order or batch, or another job trains in it; Diverged
+    (t2v/trainer.py).
     """
-    job.inventory()
-    if job.is_fresh and job.model.start and storage.is_local(job.model.start):
-        start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
-    _keep_identity(job)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # which prints every line of a rank twice
     if not ray.is_initialized():
         ray.init()
+    for line in check(job, cluster_resources()):
+        print(f"[train] {line}", flush=True)
+    if job.is_fresh and job.model.start and storage.is_local(job.model.start):
+        start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
+    _keep_identity(job)
     with _watched(job) as watch:
         _supervise(job, watch, on_export)
     newest = newest_first(storage.join(job.run_dir, "train"))[0]
