@@ -21,6 +21,8 @@ from t2v import storage
 _BATCH_ROWS = 4
 _BUFFER_BYTES = 1 << 20
 
+_BROKEN = (pa.ArrowException, OSError, ValueError, KeyError)  # what reading a file may raise
+
 _Read = bytes | FetchError
 
 
@@ -32,7 +34,7 @@ class _Cell(NamedTuple):
 
 def check_cells(path: str, column: str) -> None:
     """Try whether a column holds bytes, or a struct of them as Hugging Face's pictures are; ValueError if not."""
-    if not path.endswith(".parquet"):
+    if not path.lower().endswith(".parquet"):
         raise ValueError(f"{path}: media in a column (bytes={column}) are read from Parquet files alone")
     with storage.open_read(path) as file:
         found = pq.ParquetFile(file).schema_arrow.field(column).type
@@ -47,10 +49,10 @@ def addresses(path: str, column: str, start: int, rows: int) -> pa.Array:
     return pa.array([f"{path}#row={row}&{told}" for row in range(start, start + rows)], pa.string())
 
 
-def read_cells(addresses: Sequence[str], max_bytes: int) -> list[Fetched]:
-    """The bytes at addresses that `addresses` gave, in the same order; never raises for an address."""
+def read_cells(places: Sequence[str], max_bytes: int) -> list[Fetched]:
+    """The bytes at `places`, which `addresses` gave, in the same order; never raises for an address."""
     begun = time.monotonic()
-    cells = [_cell(address) for address in addresses]
+    cells = [_cell(place) for place in places]
     found: dict[_Cell, _Read] = {}
     for (path, column), some in groupby(sorted(set(cells)), key=lambda cell: cell[:2]):
         rows = [cell.row for cell in some]
@@ -77,7 +79,7 @@ def _read_file(path: str, column: str, rows: list[int], max_bytes: int) -> dict[
                 wanted = [row for row in rows if first <= row < end]
                 found |= _read_group(parquet, group, first, column, wanted, max_bytes)
                 first = end
-    except (OSError, ValueError, KeyError) as error:
+    except _BROKEN as error:
         return {row: _failure(error) for row in rows} | found
     return {row: FetchError("corrupt", f"the file ends after {first} rows") for row in rows} | found
 
@@ -94,7 +96,7 @@ def _read_group(
                 found[row] = _checked(cell, max_bytes)
                 if (next_row := next(left, None)) is None:
                     break
-    except (OSError, ValueError, KeyError) as error:
+    except _BROKEN as error:
         return {row: _failure(error) for row in wanted} | found
     return {row: FetchError("corrupt", "its row group ends before it") for row in wanted} | found
 

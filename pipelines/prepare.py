@@ -153,7 +153,9 @@ def _with_downloads(batch: pa.Table, rows: list[dict], fetched: list[Fetched], b
     packed = pa.BufferOutputStream()
     with pa.ipc.new_stream(packed, downloads.schema) as writer:
         writer.write_table(downloads)
-    value = pa.array([packed.getvalue().to_pybytes()], pa.large_binary())
+    buffer = packed.getvalue()
+    ends = pa.array([0, buffer.size], pa.int64()).buffers()[1]
+    value = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, buffer])  # without copying what may be gigabytes
     seconds = pa.array([time.monotonic() - begun])
     return batch.append_column("fetch_s", seconds).append_column("downloads", value)
 

@@ -1,3 +1,6 @@
+import random
+from collections import Counter
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,6 +94,22 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path):
     content[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
     path.write_bytes(content)
     assert [status for status, _ in ends(rows)] == ["ok"] * 10 + ["corrupt"] * 10 + ["ok"] * 10
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_whatever_bytes_are_flipped_every_row_ends_with_a_reason(tmp_path, compression):
+    path, numbers = tmp_path / "m.parquet", random.Random(compression)
+    pq.write_table(table(6), path, row_group_size=3, compression=compression)
+    rows, whole = stored(StreamConfig(str(path), "encoded"), tmp_path), path.read_bytes()
+    found = Counter()
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(numbers.choice((1, 2, 30))):
+            content[numbers.randrange(len(content))] = numbers.randrange(256)
+        path.write_bytes(content)
+        found.update(status for status, _ in ends(rows))
+    assert found.total() == 300 * len(rows)
+    assert set(found) <= {"ok", "corrupt", "empty", "not_media", "too_large"}
 
 
 def test_a_file_that_shrank_or_vanished_since_gives_reasons(tmp_path):
