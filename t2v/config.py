@@ -190,8 +190,10 @@ class TrainConfig:
         finite(self, "learning_rate", "weight_decay")
         if (self.min_workers or 0) > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than workers ({self.workers})")
-        if self.precision == "fp16" and self.zero_stage == 0:
-            raise ValueError("precision: fp16 needs ZeRO, which scales the loss; set zero_stage to 1, 2 or 3")
+        if self.precision != "fp32" and self.zero_stage == 0:
+            raise ValueError(
+                f"precision: {self.precision} needs ZeRO, which keeps fp32 weights; set zero_stage to 1, 2 or 3"
+            )
         fraction(self, "betas")
 
 

@@ -34,6 +34,7 @@ from ray.util.metrics import Gauge
 from t2v import shards, storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
 from t2v.checks import check, cluster_resources
+from t2v.epochs import begin_anew
 from t2v.job import STREAMS, TrainJob
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
@@ -73,6 +74,8 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
         start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
     _keep_identity(job)
     with _watched(job) as watch:
+        if job.is_fresh:
+            begin_anew(job)
         _supervise(job, watch, on_export)
     newest = newest_first(storage.join(job.run_dir, "train"))[0]
     samples = read_state(newest)["samples"]
