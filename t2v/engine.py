@@ -57,6 +57,7 @@ class Engine:
 
     def __init__(self, unet: nn.Module, config: TrainConfig, micro_steps: int) -> None:
         self.config, self.micro_steps = config, micro_steps
+        torch.backends.cudnn.benchmark = True  # micro-batches have few shapes, and keep them
         for module in unet.modules():
             if isinstance(module, FeedForward):
                 module.keep = config.recompute == "activations"

@@ -122,6 +122,7 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport) -> TorchTrainer:
             storage_path=job.run_dir,
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=-1),  # _Failures counts them, from checkpoint to checkpoint
+            worker_runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}},
             callbacks=[_Failures(train.max_failures)],  # type: ignore[list-item]
         ),
         validation_config=ValidationConfig(
