@@ -1,6 +1,6 @@
 """Checkpoints: the fp32 state of training, written by every rank for itself and read by any number of ranks.
 
-A checkpoint is a folder. Rank r's share of it is `rank-r-*.safetensors`, parts of half a GiB, and `rank-r.json`, which
+A checkpoint is a folder. Rank r's share of it is `rank-r-*.safetensors`, parts of 128 MiB, and `rank-r.json`, which
 comes last: what each part holds and its hash. A part holds stretches of flattened weights, under `KIND/WEIGHT`, so a
 reader takes what it needs from whichever ranks wrote it, and neither their number nor their ZeRO stage matters.
 DeepSpeed's own universal checkpoints do that too, after a conversion that reads and writes everything once more.
@@ -19,7 +19,7 @@ from torch import Tensor
 from t2v import storage
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")  # the weights, AdamW's two moments, and the moving average
-PART_BYTES = 2**29
+PART_BYTES = 2**27
 
 
 class CheckpointError(ValueError):
