@@ -318,7 +318,7 @@ def fsdp_step(rank: int, kind: str) -> Any:
 
 
 def engines(gpus: int) -> None:
-    for kind in ("zero2", "ddp", "fsdp", "zero3"):
+    for kind in ("zero2", "ddp", "fsdp"):
         command = [
             PYTHON,
             "-m",
