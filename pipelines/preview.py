@@ -5,6 +5,7 @@ It is a Ray task of its own, so that no rank waits for it; it runs when a worker
 
 import os
 import tempfile
+from contextlib import closing
 
 import ray
 
@@ -32,4 +33,5 @@ def _preview(job: TrainJob, prompts: list[str], samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"samples-{samples:012d}.png")
         cv2.imwrite(path, cv2.cvtColor(grid(clips), cv2.COLOR_RGB2BGR))
-        Record(job.run_dir, "train", {}).file(path, "samples")
+        with closing(Record(job.run_dir, "train", {})) as record:
+            record.file(path, "samples")
