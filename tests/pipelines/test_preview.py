@@ -10,6 +10,7 @@ from pipelines.preview import _preview
 from pipelines.sheet import grid
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from t2v.job import TrainJob
+from t2v.record import Record
 
 
 def test_a_grid_has_a_row_a_clip_and_at_most_eight_frames() -> None:
@@ -27,6 +28,7 @@ def test_a_preview_of_more_prompts_than_fit_a_batch_is_one_picture(
     job = TrainJob(str(tmp_path), 0, 32, 3, ModelConfig(), DiffusionConfig(), TrainConfig(), sample)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "model").symlink_to(tiny_model)
+    Record(str(tmp_path), "train", {"samples": 500}).close()
     _preview._function(job, ["a red circle", "a blue star", ""], 500)
     (path,) = tmp_path.glob("mlruns/*/artifacts/samples/samples-000000000500.png")
     assert cv2.imread(str(path)).shape == (3 * 32, 3 * 32, 3)
