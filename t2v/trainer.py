@@ -278,7 +278,7 @@ class Trainer:
         self._write_log_if_cheap()
         assert self.record
         self.record.metrics(line, self.samples)
-        self.host.observe(line)
+        self.host.observe({"samples": self.samples} | line)
 
     def _write_log_if_cheap(self) -> None:
         """Writes the whole log anew, if that takes less than a hundredth of the time since it was last done."""

@@ -29,13 +29,13 @@ from ray.train import (
 )
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.metrics import Gauge
 
 from t2v import shards, storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
 from t2v.checks import check, cluster_resources
 from t2v.epochs import begin_anew
-from t2v.job import STREAMS, TrainJob
+from t2v.gauges import Gauges
+from t2v.job import TrainJob
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
 
@@ -50,11 +50,6 @@ HOPELESS = (
     FileNotFoundError,
     ImportError,
 )  # what the same data and configuration would meet again
-GAUGES = {
-    "samples_per_s": "Samples of both streams a second",
-    "data_wait_share": "Share of the time spent waiting for data",
-    "memory_gib": "Peak memory of rank 0",
-}
 OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 
 
@@ -154,8 +149,7 @@ class _Host:
 
     def __init__(self, job: TrainJob, pulse: Pulse) -> None:
         self._job, self._pulse = job, pulse
-        self._gauges = _Gauges()
-        self.observe = self._gauges.set
+        self.observe = Gauges().set
 
     def report(self, staged: "Staged", samples: int, milestone: bool) -> None:
         """Has Ray Train write a checkpoint in a thread of its own, and commit it once all ranks have."""
@@ -295,21 +289,6 @@ def _mend_registry(job: TrainJob) -> None:
     if problem:
         print(f"[train] Ray Train's list of checkpoints is begun anew: {problem}", flush=True)
         storage.remove(job.registry)
-
-
-class _Gauges:
-    """The log's numbers for Prometheus, which scrapes Ray's metrics port; there the names begin with `ray_`."""
-
-    def __init__(self) -> None:
-        self.loss = Gauge("t2v_loss", "Mean loss since the last line of the log", ("stream",))
-        self.others = {name: Gauge(f"t2v_{name}", meaning) for name, meaning in GAUGES.items()}
-
-    def set(self, line: dict[str, float]) -> None:
-        """Takes one line's numbers."""
-        for stream in STREAMS:
-            self.loss.set(line[f"loss_{stream}"], {"stream": stream})
-        for name, gauge in self.others.items():
-            gauge.set(line[name])
 
 
 def _keep_identity(job: TrainJob) -> None:
