@@ -6,8 +6,10 @@ MLFLOW_TRACKING_URI names any server; without it the runs are kept in SQLite bes
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import mlflow
@@ -26,7 +28,14 @@ CLIENT = {  # the outbox tries again, so that one request need not
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
-REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "NOT_IMPLEMENTED"}
+REFUSALS = {
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "FEATURE_DISABLED",
+    "INVALID_PARAMETER_VALUE",
+    "NOT_IMPLEMENTED",
+    "RESOURCE_DOES_NOT_EXIST",
+}
 
 
 class Record:
@@ -67,6 +76,11 @@ class Record:
     def file(self, path: str, folder: str) -> None:
         """Keeps a local file, which must be there until `close`, in `folder` of the run's files."""
         self._put(lambda client, run_id: client.log_artifact(run_id, path, folder))
+
+    def model(self, folder: str, samples: int) -> None:
+        """Registers what a model folder holds after so many samples, as the version of this run that is `newest`."""
+        name = re.sub(r"[^\w.-]", "-", os.path.basename(self._run_dir.rstrip("/")))
+        self._put(lambda client, run_id: _register(client, run_id, name, folder, samples))
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
         """Ends the run as FINISHED, FAILED or KILLED, for a rerun of the job to open again, once the server has all.
@@ -114,6 +128,26 @@ def _is_hopeless(error: Exception) -> bool:
     """Whether MLflow has understood what it was told and does not want it, or what it was to be told is not there."""
     refused = isinstance(error, MlflowException) and error.error_code in REFUSALS
     return refused or isinstance(error, FileNotFoundError)
+
+
+def _register(client: mlflow.MlflowClient, run_id: str, name: str, folder: str, samples: int) -> None:
+    """Begins with what an earlier try may have left; the tag `folder` tells where the model lies."""
+    tags = {"folder": folder, "samples": str(samples)}
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = [found for found in client.search_model_versions(f"name = '{name}'") if found.run_id == run_id]
+    version = next((found for found in known if found.tags == tags), None)
+    create = partial(client.create_model_version, name, run_id=run_id, tags=tags, await_creation_for=0)
+    try:
+        version = version or create(folder)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        version = create(f"runs:/{run_id}/model")  # a server takes no local folder outside of its own
+    client.set_registered_model_alias(name, "newest", str(version.version))
 
 
 def _replace_table(client: mlflow.MlflowClient, run_id: str, text: str, name: str) -> None:

@@ -1,6 +1,7 @@
 """Training on Ray Train: starts the ranks, keeps their checkpoints, and starts them anew after what clusters do."""
 
 import os
+import platform
 import signal
 import tempfile
 import time
@@ -41,6 +42,7 @@ from t2v.watch import Pulse, Watch
 
 if TYPE_CHECKING:
     from t2v.engine import Staged
+    from t2v.record import Record
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
@@ -77,9 +79,7 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
     if samples < job.samples:
         print(f"[train] stopped as asked at {samples:,}/{job.samples:,} samples; the same command goes on", flush=True)
     elif job.exported_samples < samples:  # its validation failed
-        from t2v.validation import export
-
-        export(job, newest, samples)
+        _export(job, newest, samples)
 
 
 def _supervise(job: TrainJob, watch: Any, on_export: OnExport) -> None:
@@ -138,10 +138,31 @@ def _work(settings: dict) -> None:
     checkpoints = broadcast_from_rank_zero(_checkpoints(job) if rank == 0 else None)
     with closing(Pulse(settings["watch"], rank, world)) as pulse:
         trainer = Trainer(job, rank, world, checkpoints, _Host(job, pulse))
+        status = "FAILED"
         try:
-            trainer.run()
+            with _node_metrics(job, trainer.record, context.get_local_rank()):
+                trainer.run()
+            status = "FINISHED" if trainer.samples >= job.samples else "KILLED"
         finally:
-            trainer.close()
+            trainer.close(status)
+
+
+@contextmanager
+def _node_metrics(job: TrainJob, record: "Record | None", local_rank: int) -> Iterator[None]:
+    """Has one rank of each machine tell how the machine fares."""
+    if local_rank:
+        yield
+        return
+    from t2v.node_metrics import NodeMetrics
+    from t2v.record import Record
+
+    own = record or Record(job.run_dir, "train", {})
+    try:
+        with closing(NodeMetrics(own, platform.node())):
+            yield
+    finally:
+        if own is not record:
+            own.close(timeout_s=5)
 
 
 class _Host:
@@ -230,7 +251,7 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
     from t2v import validation
 
     folder = storage.join(job.run_dir, "train", checkpoint.path.rstrip("/").rsplit("/", 1)[-1])
-    validation.export(job, folder, samples)
+    _export(job, folder, samples)
     if samples < job.samples:
         validation.keep(job, folder, samples)
     prompts = shards.read_rows(job.inventory()["videos"][0].path, 0).caption[:8]
@@ -241,6 +262,16 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
         ray.cancel(preview, force=True)
         print(f"[train] no room was free in {PREVIEW_GRACE_S:.0f} s to sample the model of {samples:,} samples")
     return {}
+
+
+def _export(job: TrainJob, checkpoint: str, samples: int) -> None:
+    """Exports the model of a checkpoint, and registers it."""
+    from t2v import validation
+    from t2v.record import Record
+
+    validation.export(job, checkpoint, samples)
+    with closing(Record(job.run_dir, "train", {})) as record:
+        record.model(job.model_folder, samples)
 
 
 @contextmanager

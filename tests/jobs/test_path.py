@@ -13,6 +13,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.scoring import choose
 from pipelines.shapes import parse_caption
 from t2v import storage
+from t2v.gauges import MEANINGS, gauge_of
 from t2v.shards import list_shards
 
 PROJECT = Path(__file__).parents[2]
@@ -71,6 +72,7 @@ def test_training_leaves_checkpoints_a_log_and_a_model(run_dir: Path) -> None:
     lines = storage.read_lines(f"{run_dir}/train/log.jsonl")
     assert lines[-1]["samples"] == 2 * STEP_SAMPLES
     assert all(np.isfinite([line["loss_images"], line["loss_videos"]]).all() for line in lines)
+    assert {gauge_of(key)[0] for line in lines for key in line} - set(MEANINGS) == {"step"}
     assert len(list((run_dir / "train").glob("checkpoint_2*"))) == 2
     assert json.loads((run_dir / "train/model/t2v.json").read_text())["info"]["samples"] == 2 * STEP_SAMPLES
 

@@ -115,18 +115,36 @@ def test_a_server_that_comes_late_and_goes_away_is_told_all(
             slowest = max(slowest, time.monotonic() - begun)
             if step in (15, 25):
                 server.stop()
+        record.model(str(tmp_path / "model"), 30)  # a folder that the server does not take as its own
         server.start()
         record.close(timeout_s=60)
         run, client = the_run(tmp_path), mlflow.MlflowClient(server.uri)
         history = client.get_metric_history(run.info.run_id, "loss")
         files = client.list_artifacts(run.info.run_id, "samples")
+        model = client.get_model_version_by_alias(tmp_path.name, "newest")
     finally:
         server.stop()
     assert run.info.status == "FINISHED" and run.data.params == {"train.samples": "5"}
     assert sorted((point.step, point.value) for point in history) == [(step, 1 / step) for step in range(1, 31)]
     assert sorted(file.path for file in files) == sorted(f"samples/{step}" for step in range(1, 31))
+    assert model.run_id == run.info.run_id and model.tags == {"folder": str(tmp_path / "model"), "samples": "30"}
     assert slowest < 0.1
     assert ["the job goes on without it" in line for line in caplog.messages if "MLflow" in line] == [True]
+
+
+def test_each_export_is_one_version_of_the_registered_model_and_the_last_is_the_newest(tmp_path: Path) -> None:
+    Record(str(tmp_path / "nano"), "train", {"samples": 5}).close()
+    for samples in (500, 1000, 1000):  # the last is a rerun
+        record = Record(str(tmp_path / "nano"), "train", {})
+        record.model("/data/nano/train/model", samples)
+        record.close()
+    client = mlflow.MlflowClient(tracking_uri(str(tmp_path / "nano")))
+    versions = client.search_model_versions("name = 'nano'")
+    assert sorted((int(found.version), found.tags["samples"], found.source) for found in versions) == [
+        (1, "500", "/data/nano/train/model"),
+        (2, "1000", "/data/nano/train/model"),
+    ]
+    assert client.get_model_version_by_alias("nano", "newest").tags["samples"] == "1000"
 
 
 def test_a_server_that_takes_connections_and_never_answers_delays_nothing_but_the_end(
