@@ -27,12 +27,14 @@ class NodeMetrics:
         self._thread.start()
 
     def close(self) -> None:
-        """Samples no more; what was sampled is the record's to send."""
+        """Samples once more and no more; what was sampled is the record's to send."""
         self._closing.set()
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._closing.wait(self._every_s):
+        is_last = False
+        while not is_last:
+            is_last = self._closing.wait(self._every_s)
             values: dict[str, float] = {}
             for monitor in self._monitors:
                 monitor.collect_metrics()

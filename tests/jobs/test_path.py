@@ -111,6 +111,12 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     assert train.data.params["train.mix.slots"] == "8"
     (picture,) = client.list_artifacts(train.info.run_id, "samples")
     assert picture.path == f"samples/samples-{2 * STEP_SAMPLES:012d}.png"
+    inputs = {entry.dataset.name for entry in train.inputs.dataset_inputs}
+    assert inputs == {"videos latents", "images latents"}
+    assert any(name.startswith("system/") for name in train.data.metrics)
+    version = client.get_model_version_by_alias(run_dir.name, "newest")
+    assert version.tags == {"folder": f"{run_dir}/train/model", "samples": str(2 * STEP_SAMPLES)}
+    assert "milestones/index.html" in {file.path for file in client.list_artifacts(train.info.run_id, "milestones")}
     scores = json.loads(Path(client.download_artifacts(runs["evaluate"].info.run_id, "scores.json")).read_text())
     assert {"score", "value", "colour", "direction"} <= set(scores["columns"])
     history = client.get_metric_history(train.info.run_id, "loss_videos")
