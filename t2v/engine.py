@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +77,16 @@ class Engine:
         self.ema = [flat.clone() for flat in self._masters()]
         self._pieces = list(self._own_pieces())
         self._plain_norm = torch.zeros(())
-        self._host: dict[str, list[Tensor]] = {}
+        on_gpu = self.device.type == "cuda"
+        self._host = {  # where `stage` copies to: pages are locked once, which takes seconds
+            kind: [torch.empty(flat.shape, dtype=torch.float32, pin_memory=on_gpu) for flat in group]
+            for kind, group in self._flats().items()
+        }
         self._staged: Staged | None = None
+        self._reduces_later: AbstractContextManager | None = None
+        self._gradients: list[Tensor] = []
+        if config.zero_stage in (1, 2):
+            self._lay_out_gradients()
 
     @property
     def device(self) -> torch.device:
@@ -88,12 +97,18 @@ class Engine:
         return _DTYPES[self.config.precision]
 
     def unet(self, *inputs: Tensor) -> Tensor:
-        """The UNet's forward pass, as DeepSpeed runs it."""
-        return self.engine(*inputs)
+        """The UNet's forward pass."""
+        return self.engine.module(*inputs) if self._gradients else self.engine(*inputs)
 
     def backward(self, loss: Tensor, weight: float) -> None:
-        """Adds one slot's gradient, which counts `weight` in the step's; DeepSpeed takes means over slots and ranks."""
-        self.engine.backward(loss * (weight * self.micro_steps * self.engine.world_size))
+        """Adds one slot's gradient, which counts `weight` in the step's."""
+        if self._gradients:
+            return self.optimizer.scale_if_loss(loss * weight).backward()
+        if self.config.zero_stage and not self._reduces_later:
+            self._reduces_later = self.engine.coalesce_grad_reduction()
+            self._reduces_later.__enter__()
+        steps = self.engine.gradient_accumulation_steps()
+        self.engine.backward(loss * (weight * steps * self.engine.world_size))  # DeepSpeed takes means over both
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
@@ -106,6 +121,28 @@ class Engine:
             group["lr"] = learning_rate
         if self._staged and self._staged.copied:
             torch.cuda.current_stream().wait_event(self._staged.copied)
+        is_applied = self._step_flat() if self._gradients else self._step()
+        if is_applied:
+            torch._foreach_lerp_(self.ema, self._masters(), 1 - ema_decay)
+        return is_applied
+
+    def _step_flat(self) -> bool:
+        """Sums gradients over ranks, each keeping its part, and has DeepSpeed's optimizer step on that."""
+        for index, gradient in enumerate(self._gradients):
+            part = gradient
+            if self.engine.world_size > 1:
+                part = gradient.new_empty(gradient.numel() // self.engine.world_size)
+                torch.distributed.reduce_scatter_tensor(part, gradient)
+            self.optimizer.averaged_gradients[index] = [part]
+        self.optimizer.step()
+        self._clear_gradients()
+        return not self.optimizer.overflow
+
+    def _step(self) -> bool:
+        """The same by DeepSpeed's engine."""
+        if self._reduces_later:
+            self._reduces_later.__exit__(None, None, None)
+            self._reduces_later = None
         if self._is_plain:
             gradients = [weight.grad for weight in self._masters() if weight.grad is not None]
             self._plain_norm = torch.nn.utils.get_total_norm(gradients)
@@ -114,14 +151,11 @@ class Engine:
                 self.engine.micro_steps += 1
                 return False
         self.engine.step()
-        if not self.engine.was_step_applied():
-            return False
-        torch._foreach_lerp_(self.ema, self._masters(), 1 - ema_decay)
-        return True
+        return self.engine.was_step_applied()
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient before clipping; it waits for the GPU."""
-        return float(self._plain_norm if self._is_plain else self.engine.get_global_grad_norm() or 0.0)
+        return float(self._plain_norm if self._is_plain else self.optimizer._global_grad_norm or 0.0)
 
     def stage(self, state: dict[str, Any]) -> Staged:
         """Copies this rank's share of a checkpoint to host memory that the next call uses again.
@@ -132,12 +166,6 @@ class Engine:
         state |= {"ranks": self.engine.world_size, "optimizer_steps": self._optimizer_steps()}
         if self.config.precision == "fp16":
             state["loss_scale"] = self.optimizer.loss_scaler.cur_scale
-        if not self._host:
-            on_gpu = self.device.type == "cuda"
-            self._host = {
-                kind: [torch.empty(flat.shape, dtype=torch.float32, pin_memory=on_gpu) for flat in group]
-                for kind, group in flats.items()
-            }
         copied = None
         if self.device.type == "cuda":
             stream = torch.cuda.Stream()
@@ -174,6 +202,29 @@ class Engine:
             self.optimizer.loss_scaler.cur_scale = state["loss_scale"]
         self._publish_masters()
         return state
+
+    def _lay_out_gradients(self) -> None:
+        """Gives gradients of ZeRO 1 and 2 one buffer a group, laid out as DeepSpeed lays out the weights.
+
+        Autograd adds to views of it, in fp32 where a step has several slots, and one call sums it over ranks.
+        DeepSpeed's own way, a hook a weight, takes Python longer than a GPU takes for a backward pass.
+        """
+        for hook in self.optimizer._grad_acc_hooks:
+            hook.remove()
+        self._views: list[tuple[nn.Parameter, Tensor]] = []
+        for weights, flat in zip(self.optimizer.bit16_groups, self.optimizer.bit16_groups_flat, strict=True):
+            gradient = torch.zeros_like(flat, dtype=torch.float32 if self.micro_steps > 1 else flat.dtype)
+            self._gradients.append(gradient)
+            for weight in weights:
+                weight.grad_dtype = gradient.dtype
+                first = (weight.data_ptr() - flat.data_ptr()) // flat.element_size()
+                self._views.append((weight, gradient[first : first + weight.numel()].view_as(weight)))
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        torch._foreach_zero_(self._gradients)
+        for weight, view in self._views:
+            weight.grad = view
 
     @property
     def _is_plain(self) -> bool:
@@ -269,16 +320,16 @@ def _groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[s
 
 
 def _deepspeed_config(config: TrainConfig, micro_steps: int) -> dict:
-    """Sums of several slots are kept in fp32; what DeepSpeed is told of batch sizes nothing reads."""
-    precise = config.precision == "fp32" or (micro_steps == 1 and config.zero_stage > 0)
+    """What it is told of batch sizes nothing reads."""
+    sums = config.zero_stage == 3 and config.precision != "fp32" and micro_steps > 1
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_steps,
+        "gradient_accumulation_steps": 1 if config.zero_stage else micro_steps,
         "gradient_clipping": config.clip_norm,
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()},
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
-        "data_types": {"grad_accum_dtype": None if precise else "fp32"},
+        "data_types": {"grad_accum_dtype": "fp32" if sums else None},
         "zero_allow_untested_optimizer": True,  # torch's AdamW, so that nothing is compiled
         "steps_per_print": 10**9,
     }

@@ -16,7 +16,7 @@ from t2v.keys import is_temporal
 from t2v.mix import Slot
 from t2v.unet import UNet
 
-BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once
+BUCKET = 500_000_000  # gradients that ZeRO-3 reduces at once
 GATHERED = 1_000_000_000  # weights that ZeRO-3 holds at most beside its own
 VOCABULARY = 49_408
 RESERVE = 3 * GIB  # for CUDA's context, NCCL's buffers, and what the allocator and convolutions need to be fast
@@ -43,7 +43,7 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
     parts = {
         "weights": _weights(train, weights),
         "optimizer and average": _states(train, trained),
-        "text tower": 4.0 * count_text_weights(job.model.text),
+        "text tower": (2.0 if train.gpus_per_worker else 4.0) * count_text_weights(job.model.text),
         "reserve": float(RESERVE),
     }
     return parts | max(during_passes, during_update, key=lambda moment: sum(moment.values()))
@@ -103,19 +103,21 @@ def _states(train: TrainConfig, trained: int) -> float:
 
 
 def _buckets(train: TrainConfig) -> float:
-    """Where gradients wait for their reduction: two, so that one fills while the other is sent."""
-    return {0: 0, 1: 2, 2: 2, 3: 1}[train.zero_stage] * _bytes(train) * float(BUCKET)
+    """Where DeepSpeed has gradients of ZeRO-3 wait for their reduction."""
+    return _bytes(train) * float(BUCKET) if train.zero_stage == 3 else 0.0
 
 
 def _gradients(train: TrainConfig, micro_batches: int, trained: int) -> tuple[float, float]:
     """Bytes of gradients as the last backward pass begins, and in the optimizer's step.
 
-    Sums of several micro-batches are kept in fp32 (t2v/engine.py), from ZeRO-2 on of a rank's own share alone. Others
-    are copied for the step: once into one piece, once to fp32.
+    Sums of several micro-batches are kept in fp32, and those of one as they are computed; in ZeRO 1 and 2 they are
+    always there (t2v/engine.py). For the step a rank has its part of them once more, and DeepSpeed takes its norm in
+    fp64.
     """
     own = trained * _share(train)
-    held = own if train.zero_stage > 1 else float(trained)
+    each = 4 if micro_batches > 1 or train.zero_stage == 0 else _bytes(train)
+    if train.zero_stage in (1, 2):
+        return each * float(trained), each * (trained + (own if train.workers > 1 else 0)) + 8 * own
     if micro_batches > 1 or train.zero_stage == 0:
-        return 4 * held, 4 * held
-    copies = 4 if train.precision == "fp32" else 2 + 4
-    return 0.0, _bytes(train) * held + copies * own
+        return 4 * float(trained), 4 * float(trained)
+    return 0.0, _bytes(train) * float(trained) + (4 if train.precision == "fp32" else 2 + 4) * own

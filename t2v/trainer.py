@@ -260,8 +260,10 @@ class Trainer:
                 "restarts": self.restarts,
                 "seconds": seconds,
             }
-            if self.staged and self.staged.written.is_set():
-                line |= {"checkpoint_s": self.staged.write_s, "checkpoint_stall_s": self.stall_s}
+            if self.staged:
+                line["checkpoint_stall_s"] = self.stall_s
+                if self.staged.written.is_set():
+                    line["checkpoint_s"] = self.staged.write_s
             self._tell(line)
         self._begin_interval(feed)
 

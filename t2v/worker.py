@@ -112,7 +112,7 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport) -> TorchTrainer:
             use_gpu=on_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if on_gpu else {}),
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name="train",
             storage_path=job.run_dir,
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
