@@ -119,8 +119,9 @@ class Record:
         experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts)
         name = f"{self._job} {os.path.basename(self._run_dir.rstrip('/'))}"
         run_id = client.create_run(experiment, run_name=name).info.run_id
-        client.log_batch(run_id, params=[Param(key, value) for key, value in self._params.items()])
         storage.write_json(self._note, {"run_id": run_id})
+        params = [Param(key, value) for key, value in self._params.items()]
+        self._put(lambda client, run_id: client.log_batch(run_id, params=params))  # if refused, the run is there still
         return run_id
 
 

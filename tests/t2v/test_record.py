@@ -128,7 +128,7 @@ def test_a_server_that_comes_late_and_goes_away_is_told_all(
     assert sorted((point.step, point.value) for point in history) == [(step, 1 / step) for step in range(1, 31)]
     assert sorted(file.path for file in files) == sorted(f"samples/{step}" for step in range(1, 31))
     assert model.run_id == run.info.run_id and model.tags == {"folder": str(tmp_path / "model"), "samples": "30"}
-    assert slowest < 0.1
+    assert slowest < 0.5
     assert ["the job goes on without it" in line for line in caplog.messages if "MLflow" in line] == [True]
 
 
@@ -159,7 +159,7 @@ def test_a_server_that_takes_connections_and_never_answers_delays_nothing_but_th
         told = time.monotonic()
         record.close("FAILED", timeout_s=2)
         ended = time.monotonic()
-    assert told - begun < 60_000 * 1e-4 and 2 <= ended - told < 3
+    assert told - begun < 60_000 * 2e-4 and 2 <= ended - told < 6
     assert any(re.search("12000. points or files are lost", line) for line in caplog.messages)
 
 
