@@ -27,6 +27,7 @@ GAUGES = {
     "samples_per_s": ("samples a second", 1),
     "data_wait_share": ("waiting for data, %", 100),
     "memory_gib": ("memory, GiB", 1),
+    "gradient_norm": ("norm of the gradient", 1),
 }
 REASONS = {
     "no_url": "no address in the row",

@@ -3,6 +3,8 @@
 ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/nano.yaml
 """
 
+from functools import partial
+
 from jobs.config import Config, job, parse, parser
 
 
@@ -14,6 +16,7 @@ def main() -> None:
         if _trained_samples(config) >= config.train.samples:
             print(f"[train] nothing to do: {config.run_dir}/train/model has seen {config.train.samples:,} samples")
             return
+        from dashboards.milestones import milestones_page
         from pipelines.preview import start_preview
         from pipelines.sampling import check_steps
         from t2v.job import TrainJob
@@ -35,7 +38,7 @@ def main() -> None:
 
             dry_run(train_job)
         else:
-            fit(train_job, start_preview)
+            fit(train_job, partial(start_preview, page=milestones_page))
 
 
 def _trained_samples(config: Config) -> int:

@@ -6,8 +6,10 @@ MLFLOW_TRACKING_URI names any server; without it the runs are kept in SQLite bes
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import mlflow
@@ -17,83 +19,144 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
 from t2v import storage
+from t2v.outbox import Outbox
 from t2v.tracking import tracking_uri
 
 EXPERIMENT = "t2v"
-log = logging.getLogger(__name__)
+CLIENT = {  # the outbox tries again, so that one request need not
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+}
+REFUSALS = {
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "FEATURE_DISABLED",
+    "INVALID_PARAMETER_VALUE",
+    "NOT_IMPLEMENTED",
+    "RESOURCE_DOES_NOT_EXIST",
+}
 
 
 class Record:
     """One MLflow run for (`run_dir`, `job`), whatever the number of processes that add to it after each other.
 
-    Whoever brings no `params` adds to a run that another process begins and ends, and leaves its status alone. A
-    tracking server that fails is said once and never stops the job.
+    Whoever brings no `params` adds to a run that another process begins and ends, and leaves its status alone. Nothing
+    waits for the tracking server but `close` (t2v/outbox.py): one that is slow, fails or comes late is said once.
     """
 
     def __init__(self, run_dir: str, job: str, params: Mapping[str, Any]) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._silenced = False
-        uri = tracking_uri(run_dir)
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
+        self._uri, self._run_dir, self._job = tracking_uri(run_dir), run_dir, job
+        self._params = {key: str(value)[:500] for key, value in _flat(params).items()}
         self._note = storage.join(run_dir, "config", f"{job}.mlflow.json")
-        self.run_id = ""
-        self._try(self._open, uri, run_dir, job, {key: str(value)[:500] for key, value in _flat(params).items()})
+        self._opened: tuple[mlflow.MlflowClient, str] | None = None
+        self._outbox = Outbox("MLflow", self._send, _is_hopeless)
+        if params:
+            self._put(lambda client, run_id: None)  # opens the run
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Adds one point to each series; `step` counts samples."""
         now = int(time.time() * 1000)
-        points = [Metric(key, float(value), now, step) for key, value in values.items()]
-        self._try(lambda: self._client.log_batch(self.run_id, metrics=points))
+        self._outbox.put(Metric(key, float(value), now, step) for key, value in values.items())
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Keeps rows as a table (`name` ends in .json) that the run's page shows, in place of an earlier one."""
-        self._try(self._replace_table, pd.DataFrame(rows).to_json(orient="split", index=False), name)
+        text = pd.DataFrame(rows).to_json(orient="split", index=False)
+        self._put(lambda client, run_id: _replace_table(client, run_id, text, name))
 
     def dataset(self, name: str, source: str, digest: str, rows: int) -> None:
         """Names what went into the run: where it lies, a hash of its content, its number of rows."""
         facts = {"source_type": "uri", "source": json.dumps({"uri": source}), "profile": json.dumps({"num_rows": rows})}
         entry = DatasetInput(Dataset(name=name, digest=digest, **facts), [InputTag(MLFLOW_DATASET_CONTEXT, name)])
-        self._try(lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
+        self._put(lambda client, run_id: client.log_inputs(run_id, datasets=[entry]))
 
     def file(self, path: str, folder: str) -> None:
-        """Keeps a local file in `folder` of the run's files."""
-        self._try(lambda: self._client.log_artifact(self.run_id, path, folder))
+        """Keeps a local file, which must be there until `close`, in `folder` of the run's files."""
+        self._put(lambda client, run_id: client.log_artifact(run_id, path, folder))
 
-    def close(self, status: str = "FINISHED") -> None:
-        """Ends the run as FINISHED, FAILED or KILLED; a rerun of the job opens it again."""
-        self._try(lambda: self._client.set_terminated(self.run_id, status))
+    def model(self, folder: str, samples: int) -> None:
+        """Registers what a model folder holds after so many samples, as the version of this run that is `newest`."""
+        name = re.sub(r"[^\w.-]", "-", os.path.basename(self._run_dir.rstrip("/")))
+        self._put(lambda client, run_id: _register(client, run_id, name, folder, samples))
 
-    def _open(self, uri: str, run_dir: str, job: str, params: dict[str, str]) -> None:
-        self._client = mlflow.MlflowClient(uri)
-        if storage.exists(self._note):
-            self.run_id = storage.read_json(self._note)["run_id"]
-            if params:
-                self._client.update_run(self.run_id, status="RUNNING")
-        else:
-            artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else f"{run_dir}/mlruns"
-            found = self._client.get_experiment_by_name(EXPERIMENT)
-            experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
-            name = f"{job} {os.path.basename(run_dir.rstrip('/'))}"
-            self.run_id = self._client.create_run(experiment, run_name=name).info.run_id
-            storage.write_json(self._note, {"run_id": self.run_id})
-            self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in params.items()])
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED, for a rerun of the job to open again, once the server has all.
 
-    def _replace_table(self, text: str, name: str) -> None:
-        """MLflow's log_table without its appending: the file as it writes it, and the tag that makes it a table."""
-        self._client.log_text(self.run_id, text, name)
-        tables = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-        if (entry := {"path": name, "type": "table"}) not in tables:
-            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
+        Waits no longer than `timeout_s` for that.
+        """
+        if self._params:
+            self._put(lambda client, run_id: client.set_terminated(run_id, status))
+        self._outbox.close(timeout_s)
 
-    def _try(self, call: Callable[..., object], *arguments: Any) -> None:
-        if self._silenced and not self.run_id:
-            return
-        try:
-            call(*arguments)
-        except (MlflowException, OSError) as error:
-            if not self._silenced:
-                log.warning("MLflow does not answer, the job goes on without it: %s", str(error).splitlines()[0])
-            self._silenced = True
+    def _send(self, points: list[Metric]) -> None:
+        client, run_id = self._open()
+        client.log_batch(run_id, metrics=points)
+
+    def _put(self, call: Callable[[mlflow.MlflowClient, str], object]) -> None:
+        self._outbox.put([lambda: call(*self._open())])
+
+    def _open(self) -> tuple[mlflow.MlflowClient, str]:
+        """The run, as the outbox's thread finds or makes it before what it tells first."""
+        if not self._opened:
+            client = mlflow.MlflowClient(self._uri)
+            if storage.exists(self._note):
+                run_id = storage.read_json(self._note)["run_id"]
+                if self._params:
+                    client.update_run(run_id, status="RUNNING")
+            elif self._params:
+                run_id = self._begin(client)
+            else:
+                raise OSError(f"{self._note} is not there yet: the job that begins the run has not reached MLflow")
+            self._opened = client, run_id
+        return self._opened
+
+    def _begin(self, client: mlflow.MlflowClient) -> str:
+        artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else f"{self._run_dir}/mlruns"
+        found = client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts)
+        name = f"{self._job} {os.path.basename(self._run_dir.rstrip('/'))}"
+        run_id = client.create_run(experiment, run_name=name).info.run_id
+        storage.write_json(self._note, {"run_id": run_id})
+        params = [Param(key, value) for key, value in self._params.items()]
+        self._put(lambda client, run_id: client.log_batch(run_id, params=params))  # if refused, the run is there still
+        return run_id
+
+
+def _is_hopeless(error: Exception) -> bool:
+    """Whether MLflow has understood what it was told and does not want it, or what it was to be told is not there."""
+    refused = isinstance(error, MlflowException) and error.error_code in REFUSALS
+    return refused or isinstance(error, FileNotFoundError)
+
+
+def _register(client: mlflow.MlflowClient, run_id: str, name: str, folder: str, samples: int) -> None:
+    """Begins with what an earlier try may have left; the tag `folder` tells where the model lies."""
+    tags = {"folder": folder, "samples": str(samples)}
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = [found for found in client.search_model_versions(f"name = '{name}'") if found.run_id == run_id]
+    version = next((found for found in known if found.tags == tags), None)
+    create = partial(client.create_model_version, name, run_id=run_id, tags=tags, await_creation_for=0)
+    try:
+        version = version or create(folder)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        version = create(f"runs:/{run_id}/model")  # a server takes no local folder outside of its own
+    client.set_registered_model_alias(name, "newest", str(version.version))
+
+
+def _replace_table(client: mlflow.MlflowClient, run_id: str, text: str, name: str) -> None:
+    """MLflow's log_table without its appending: the file as it writes it, and the tag that makes it a table."""
+    client.log_text(run_id, text, name)
+    tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+    if (entry := {"path": name, "type": "table"}) not in tables:
+        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from t2v import storage
 from t2v.config import Stream
+from t2v.digest import digest_of
 from t2v.weights import named, part, weight_files
 
 ROWS_PER_GROUP = 100
@@ -243,6 +244,11 @@ def index_of(shards: Sequence[Shard]) -> dict:
     """A list of shards of one folder, at least one, as JSON."""
     groups = {shard.path.rsplit("/", 1)[-1]: shard.row_groups for shard in shards}
     return {"info": asdict(shards[0].info), "row_groups": groups}
+
+
+def digest_shards(shards: Sequence[Shard]) -> str:
+    """16 hex digits for shards of one folder, at least one: their names, which stand for their content, and rows."""
+    return digest_of(index_of(shards))
 
 
 def from_index(folder: str, index: dict) -> list[Shard]:

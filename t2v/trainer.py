@@ -28,6 +28,7 @@ from t2v.job import STREAMS, TrainJob
 from t2v.order import generator
 from t2v.plan import sample_flops
 from t2v.published import start_weights
+from t2v.shards import digest_shards
 from t2v.unet import UNet
 
 BUCKETS = 4  # into which timesteps are divided where the log tells losses apart
@@ -104,6 +105,11 @@ class Trainer:
             self.restarts = _count_start(job, self.samples, world)
             self.rank_flops = sum(self.step.work(world, sample_flops(job))) / world  # of a step
             self.record = Record(job.run_dir, "train", asdict(job))
+            for stream, found in self.inventory.items():
+                folder = storage.join(job.run_dir, "data", "latents", stream)
+                self.record.dataset(
+                    f"{stream} latents", folder, digest_shards(found), sum(shard.rows for shard in found)
+                )
 
     def run(self) -> None:
         """Trains until `job.samples`, or until a rank is asked to stop; either way its last step is in a checkpoint.
@@ -125,10 +131,10 @@ class Trainer:
         if self.staged:
             self.staged.written.wait()
 
-    def close(self) -> None:
-        """Ends the run in MLflow."""
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run in MLflow, as FINISHED, FAILED or KILLED."""
         if self.record:
-            self.record.close()
+            self.record.close(status)
 
     def _resume(self, checkpoints: Sequence[str]) -> dict[str, Any]:
         for folder in checkpoints:
@@ -280,7 +286,7 @@ class Trainer:
         self._write_log_if_cheap()
         assert self.record
         self.record.metrics(line, self.samples)
-        self.host.observe(line)
+        self.host.observe({"samples": self.samples} | line)
 
     def _write_log_if_cheap(self) -> None:
         """Writes the whole log anew, if that takes less than a hundredth of the time since it was last done."""

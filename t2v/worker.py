@@ -1,6 +1,7 @@
 """Training on Ray Train: starts the ranks, keeps their checkpoints, and starts them anew after what clusters do."""
 
 import os
+import platform
 import signal
 import tempfile
 import time
@@ -29,18 +30,19 @@ from ray.train import (
 )
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.metrics import Gauge
 
 from t2v import shards, storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
 from t2v.checks import check, cluster_resources
 from t2v.epochs import begin_anew
-from t2v.job import STREAMS, TrainJob
+from t2v.gauges import Gauges
+from t2v.job import TrainJob
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
 
 if TYPE_CHECKING:
     from t2v.engine import Staged
+    from t2v.record import Record
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
@@ -50,11 +52,6 @@ HOPELESS = (
     FileNotFoundError,
     ImportError,
 )  # what the same data and configuration would meet again
-GAUGES = {
-    "samples_per_s": "Samples of both streams a second",
-    "data_wait_share": "Share of the time spent waiting for data",
-    "memory_gib": "Peak memory of rank 0",
-}
 OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 
 
@@ -82,9 +79,7 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
     if samples < job.samples:
         print(f"[train] stopped as asked at {samples:,}/{job.samples:,} samples; the same command goes on", flush=True)
     elif job.exported_samples < samples:  # its validation failed
-        from t2v.validation import export
-
-        export(job, newest, samples)
+        _export(job, newest, samples)
 
 
 def _supervise(job: TrainJob, watch: Any, on_export: OnExport) -> None:
@@ -143,10 +138,31 @@ def _work(settings: dict) -> None:
     checkpoints = broadcast_from_rank_zero(_checkpoints(job) if rank == 0 else None)
     with closing(Pulse(settings["watch"], rank, world)) as pulse:
         trainer = Trainer(job, rank, world, checkpoints, _Host(job, pulse))
+        status = "FAILED"
         try:
-            trainer.run()
+            with _node_metrics(job, trainer.record, context.get_local_rank()):
+                trainer.run()
+            status = "FINISHED" if trainer.samples >= job.samples else "KILLED"
         finally:
-            trainer.close()
+            trainer.close(status)
+
+
+@contextmanager
+def _node_metrics(job: TrainJob, record: "Record | None", local_rank: int) -> Iterator[None]:
+    """Has one rank of each machine tell how the machine fares."""
+    if local_rank:
+        yield
+        return
+    from t2v.node_metrics import NodeMetrics
+    from t2v.record import Record
+
+    own = record or Record(job.run_dir, "train", {})
+    try:
+        with closing(NodeMetrics(own, platform.node())):
+            yield
+    finally:
+        if own is not record:
+            own.close(timeout_s=5)
 
 
 class _Host:
@@ -154,8 +170,7 @@ class _Host:
 
     def __init__(self, job: TrainJob, pulse: Pulse) -> None:
         self._job, self._pulse = job, pulse
-        self._gauges = _Gauges()
-        self.observe = self._gauges.set
+        self.observe = Gauges().set
 
     def report(self, staged: "Staged", samples: int, milestone: bool) -> None:
         """Has Ray Train write a checkpoint in a thread of its own, and commit it once all ranks have."""
@@ -236,7 +251,7 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
     from t2v import validation
 
     folder = storage.join(job.run_dir, "train", checkpoint.path.rstrip("/").rsplit("/", 1)[-1])
-    validation.export(job, folder, samples)
+    _export(job, folder, samples)
     if samples < job.samples:
         validation.keep(job, folder, samples)
     prompts = shards.read_rows(job.inventory()["videos"][0].path, 0).caption[:8]
@@ -247,6 +262,16 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
         ray.cancel(preview, force=True)
         print(f"[train] no room was free in {PREVIEW_GRACE_S:.0f} s to sample the model of {samples:,} samples")
     return {}
+
+
+def _export(job: TrainJob, checkpoint: str, samples: int) -> None:
+    """Exports the model of a checkpoint, and registers it."""
+    from t2v import validation
+    from t2v.record import Record
+
+    validation.export(job, checkpoint, samples)
+    with closing(Record(job.run_dir, "train", {})) as record:
+        record.model(job.model_folder, samples)
 
 
 @contextmanager
@@ -295,21 +320,6 @@ def _mend_registry(job: TrainJob) -> None:
     if problem:
         print(f"[train] Ray Train's list of checkpoints is begun anew: {problem}", flush=True)
         storage.remove(job.registry)
-
-
-class _Gauges:
-    """The log's numbers for Prometheus, which scrapes Ray's metrics port; there the names begin with `ray_`."""
-
-    def __init__(self) -> None:
-        self.loss = Gauge("t2v_loss", "Mean loss since the last line of the log", ("stream",))
-        self.others = {name: Gauge(f"t2v_{name}", meaning) for name, meaning in GAUGES.items()}
-
-    def set(self, line: dict[str, float]) -> None:
-        """Takes one line's numbers."""
-        for stream in STREAMS:
-            self.loss.set(line[f"loss_{stream}"], {"stream": stream})
-        for name, gauge in self.others.items():
-            gauge.set(line[name])
 
 
 def _keep_identity(job: TrainJob) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.meters import Meters
-from t2v.worker import GAUGES
+from t2v.gauges import MEANINGS
 
 FOLDER = Path(__file__).parents[2] / "dashboards"
-DASHBOARDS = {name: json.loads((FOLDER / f"grafana-{name}.json").read_text()) for name in ("training", "data")}
+DASHBOARDS = {name: json.loads((FOLDER / f"grafana-{name}.json").read_text()) for name in ("train", "data")}
 
 
 def metrics_of(name: str) -> set[str]:
@@ -17,7 +17,7 @@ def metrics_of(name: str) -> set[str]:
 
 
 def test_panels_ask_for_the_gauges_that_training_sets() -> None:
-    assert metrics_of("training") == {"ray_t2v_loss", *(f"ray_t2v_{name}" for name in GAUGES)}
+    assert metrics_of("train") == {f"ray_t2v_{name}" for name in MEANINGS}
 
 
 def test_panels_ask_for_the_counters_that_the_preparation_sets() -> None:

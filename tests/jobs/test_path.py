@@ -13,6 +13,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.scoring import choose
 from pipelines.shapes import parse_caption
 from t2v import storage
+from t2v.gauges import MEANINGS, gauge_of
 from t2v.shards import list_shards
 
 PROJECT = Path(__file__).parents[2]
@@ -71,6 +72,7 @@ def test_training_leaves_checkpoints_a_log_and_a_model(run_dir: Path) -> None:
     lines = storage.read_lines(f"{run_dir}/train/log.jsonl")
     assert lines[-1]["samples"] == 2 * STEP_SAMPLES
     assert all(np.isfinite([line["loss_images"], line["loss_videos"]]).all() for line in lines)
+    assert {gauge_of(key)[0] for line in lines for key in line} - set(MEANINGS) == {"step"}
     assert len(list((run_dir / "train").glob("checkpoint_2*"))) == 2
     assert json.loads((run_dir / "train/model/t2v.json").read_text())["info"]["samples"] == 2 * STEP_SAMPLES
 
@@ -109,6 +111,12 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     assert train.data.params["train.mix.slots"] == "8"
     (picture,) = client.list_artifacts(train.info.run_id, "samples")
     assert picture.path == f"samples/samples-{2 * STEP_SAMPLES:012d}.png"
+    inputs = {entry.dataset.name for entry in train.inputs.dataset_inputs}
+    assert inputs == {"videos latents", "images latents"}
+    assert any(name.startswith("system/") for name in train.data.metrics)
+    version = client.get_model_version_by_alias(run_dir.name, "newest")
+    assert version.tags == {"folder": f"{run_dir}/train/model", "samples": str(2 * STEP_SAMPLES)}
+    assert "milestones/index.html" in {file.path for file in client.list_artifacts(train.info.run_id, "milestones")}
     scores = json.loads(Path(client.download_artifacts(runs["evaluate"].info.run_id, "scores.json")).read_text())
     assert {"score", "value", "colour", "direction"} <= set(scores["columns"])
     history = client.get_metric_history(train.info.run_id, "loss_videos")

@@ -1,12 +1,23 @@
 """One MLflow run however often a job is started, and jobs that go on when the server does not answer."""
 
 import logging
+import re
+import socket
+import time
 from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.entities import Run
 
+from t2v import storage
 from t2v.record import Record, tracking_uri
+from tests.t2v.mlflow_server import Server
+
+
+def the_run(run_dir: Path, job: str = "train") -> Run:
+    run_id = storage.read_json(str(run_dir / "config" / f"{job}.mlflow.json"))["run_id"]
+    return mlflow.MlflowClient(tracking_uri(str(run_dir))).get_run(run_id)
 
 
 def test_a_rerun_continues_the_same_run(tmp_path: Path) -> None:
@@ -26,9 +37,11 @@ def test_a_rerun_continues_the_same_run(tmp_path: Path) -> None:
 def test_a_table_replaces_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = Record(str(tmp_path), "prepare_data", {"size": 64})
     record.table([{"clips": 7}], "scores.json")
+    record.close()
     for rows in (3, 5):
         again = Record(str(tmp_path), "prepare_data", {"size": 64})
         again.table([{"stream": "images", "rows": rows}, {"stream": "videos", "value": 0.5}], "funnel.json")
+        again.close()
     client = mlflow.MlflowClient(tracking_uri(str(tmp_path)))
     experiment = client.get_experiment_by_name("t2v").experiment_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(str(tmp_path)))  # load_table asks it, not the client
@@ -44,31 +57,110 @@ def test_a_dataset_is_an_input_of_the_run_with_its_digest(tmp_path: Path) -> Non
     for _ in range(2):
         record = Record(str(tmp_path), "prepare_data", {"size": 64})
         record.dataset("videos manifest", "s3://bucket/webvid.csv", "0123456789abcdef", 2_500_000)
-    (given,) = mlflow.MlflowClient(tracking_uri(str(tmp_path))).get_run(record.run_id).inputs.dataset_inputs
+        record.close()
+    (given,) = the_run(tmp_path, "prepare_data").inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("videos manifest", "0123456789abcdef")
     assert "s3://bucket/webvid.csv" in given.dataset.source and "2500000" in given.dataset.profile
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
 def test_adding_to_a_run_that_has_ended_does_not_open_it_again(tmp_path: Path, status: str) -> None:
-    begun = Record(str(tmp_path), "train", {"samples": 5})
-    begun.close(status)
+    Record(str(tmp_path), "train", {"samples": 5}).close(status)
     (tmp_path / "grid.png").write_bytes(b"picture")
-    Record(str(tmp_path), "train", {}).file(str(tmp_path / "grid.png"), "samples")
+    adding = Record(str(tmp_path), "train", {})
+    adding.file(str(tmp_path / "grid.png"), "samples")
+    adding.close()
+    run = the_run(tmp_path)
+    assert run.info.status == status
     client = mlflow.MlflowClient(tracking_uri(str(tmp_path)))
-    assert client.get_run(begun.run_id).info.status == status
-    assert [file.path for file in client.list_artifacts(begun.run_id, "samples")] == ["samples/grid.png"]
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "samples")] == ["samples/grid.png"]
 
 
-def test_a_store_that_fails_is_said_once_and_stops_nothing(
+def test_whoever_adds_waits_for_the_job_that_begins_the_run(tmp_path: Path) -> None:
+    adding = Record(str(tmp_path), "train", {})
+    adding.metrics({"system/cpu": 0.5}, 0)
+    time.sleep(1)
+    Record(str(tmp_path), "train", {"samples": 5}).close()
+    adding.close()
+    assert the_run(tmp_path).data.metrics == {"system/cpu": 0.5}
+
+
+def test_a_store_that_refuses_is_said_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "unknown-scheme://nowhere")
     with caplog.at_level(logging.WARNING):
-        record = Record(str(tmp_path), "train", {})
+        record = Record(str(tmp_path), "train", {"samples": 5})
         record.metrics({"loss": 1.0}, 1)
         record.close()
     assert len([line for line in caplog.messages if "the job goes on without it" in line]) == 1
+    assert "3 points or files are lost" in caplog.messages[-1]
+
+
+def test_a_server_that_comes_late_and_goes_away_is_told_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    (tmp_path / "grid.png").write_bytes(b"picture")
+    try:
+        record = Record(str(tmp_path), "train", {"train": {"samples": 5}})
+        slowest = 0.0
+        for step in range(1, 31):
+            if step in (11, 21):
+                server.start()
+            begun = time.monotonic()
+            record.metrics({"loss": 1 / step, "samples_per_s": 2.0}, step)
+            record.file(str(tmp_path / "grid.png"), f"samples/{step}")
+            slowest = max(slowest, time.monotonic() - begun)
+            if step in (15, 25):
+                server.stop()
+        record.model(str(tmp_path / "model"), 30)  # a folder that the server does not take as its own
+        server.start()
+        record.close(timeout_s=60)
+        run, client = the_run(tmp_path), mlflow.MlflowClient(server.uri)
+        history = client.get_metric_history(run.info.run_id, "loss")
+        files = client.list_artifacts(run.info.run_id, "samples")
+        model = client.get_model_version_by_alias(tmp_path.name, "newest")
+    finally:
+        server.stop()
+    assert run.info.status == "FINISHED" and run.data.params == {"train.samples": "5"}
+    assert sorted((point.step, point.value) for point in history) == [(step, 1 / step) for step in range(1, 31)]
+    assert sorted(file.path for file in files) == sorted(f"samples/{step}" for step in range(1, 31))
+    assert model.run_id == run.info.run_id and model.tags == {"folder": str(tmp_path / "model"), "samples": "30"}
+    assert slowest < 0.5
+    assert ["the job goes on without it" in line for line in caplog.messages if "MLflow" in line] == [True]
+
+
+def test_each_export_is_one_version_of_the_registered_model_and_the_last_is_the_newest(tmp_path: Path) -> None:
+    Record(str(tmp_path / "nano"), "train", {"samples": 5}).close()
+    for samples in (500, 1000, 1000):  # the last is a rerun
+        record = Record(str(tmp_path / "nano"), "train", {})
+        record.model("/data/nano/train/model", samples)
+        record.close()
+    client = mlflow.MlflowClient(tracking_uri(str(tmp_path / "nano")))
+    versions = client.search_model_versions("name = 'nano'")
+    assert sorted((int(found.version), found.tags["samples"], found.source) for found in versions) == [
+        (1, "500", "/data/nano/train/model"),
+        (2, "1000", "/data/nano/train/model"),
+    ]
+    assert client.get_model_version_by_alias("nano", "newest").tags["samples"] == "1000"
+
+
+def test_a_server_that_takes_connections_and_never_answers_delays_nothing_but_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        begun = time.monotonic()
+        record = Record(str(tmp_path), "train", {"samples": 5})
+        for step in range(60_000):
+            record.metrics({"loss": 1.0, "mfu": 0.5}, step)
+        told = time.monotonic()
+        record.close("FAILED", timeout_s=2)
+        ended = time.monotonic()
+    assert told - begun < 60_000 * 2e-4 and 2 <= ended - told < 6
+    assert any(re.search("12000. points or files are lost", line) for line in caplog.messages)
 
 
 def test_a_remote_folder_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

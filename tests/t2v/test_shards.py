@@ -68,6 +68,14 @@ def test_listing_by_footers_and_by_index(tmp_path):
     assert shards.list_shards(folder) == [first, second]
 
 
+def test_a_digest_is_the_same_wherever_the_shards_lie_and_tells_others_apart(tmp_path):
+    here, there = ([write(f"{tmp_path}/{folder}/{name}.parquet", rows=9)[0] for name in "ab"] for folder in ("x", "y"))
+    digest = shards.digest_shards(here)
+    assert digest == shards.digest_shards(there) and len(digest) == 16
+    more, _, _ = write(f"{tmp_path}/y/b.parquet", rows=10)
+    assert digest not in (shards.digest_shards(here[:1]), shards.digest_shards([there[0], more]))
+
+
 def test_a_folder_without_rows_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no latent shards"):
         shards.list_shards(str(tmp_path / "videos"))
