@@ -129,7 +129,7 @@ def _write_part(path: str, tensors: Mapping[str, Tensor]) -> str:
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
     with storage.open_atomic(path) as file:
-        content = (memoryview(tensor.numpy()) for tensor in tensors.values())
+        content: list[Any] = [tensor.numpy() for tensor in tensors.values()]  # views, of which nothing is copied
         for block in (len(text).to_bytes(8, "little"), text, *content):
             file.write(block)
             sha256.update(block)
