@@ -34,7 +34,7 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     *((TrainConfig, {key: 0}, f"{key}: 0 is below 1") for key in ("workers", "cpus_per_worker", "samples")),
     *((TrainConfig, {key: 0}, f"{key}: 0 is below 1") for key in ("keep_checkpoints", "shuffle_rows")),
     (TrainConfig, {"checkpoint_every_samples": 0}, "checkpoint_every_samples: 0 is below 1"),
-    (TrainConfig, {"milestone_every_samples": 0}, "sample_every_samples: 0 is below 1"),
+    (TrainConfig, {"milestone_every_samples": 0}, "milestone_every_samples: 0 is below 1"),
     *((TrainConfig, {key: -5}, f"{key}: -5 is below 0") for key in ("warmup_samples", "gpus_per_worker")),
     *((TrainConfig, {key: -0.5}, f"{key}: -0.5 is below 0") for key in ("log_every_s", "weight_decay")),
     (TrainConfig, {"log_every_s": math.nan}, "log_every_s: nan is not a number"),

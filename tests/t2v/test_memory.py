@@ -41,7 +41,7 @@ def test_zero_divides_what_it_says() -> None:
     alone, shared = published(workers=80, zero_stage=1), published(workers=80, zero_stage=2)
     state = predict(shared)["optimizer and average"]
     assert state == pytest.approx(16 * 1_411_233_860 / 80) == predict(alone)["optimizer and average"]
-    assert predict(alone)["gradients"] == pytest.approx(80 * predict(shared)["gradients"])
+    assert predict(alone)["gradients"] == 4 * 1_411_233_860 == predict(shared)["gradients"]  # reduced once a step
     assert predict(published(zero_stage=3))["weights"] < predict(shared)["weights"]
     assert predict(published(trained="temporal"))["optimizer and average"] < state
 
@@ -50,7 +50,8 @@ def test_a_small_batch_on_one_gpu_is_fullest_in_the_optimizers_step() -> None:
     mix = MixConfig(slots=2, image_every=2, frames_per_slot=16, micro_frames=16)
     small = predict(published(workers=1, mix=mix, zero_stage=2))
     large = predict(published(workers=1, mix=MixConfig(slots=2, image_every=2, micro_frames=160)))
-    assert small["gradients"] == large["gradients"]
+    weights, _ = count_weights(UNetConfig())
+    assert small["gradients"] == (4 + 8) * weights and large["gradients"] == 4 * weights  # DeepSpeed's norm is in fp64
     assert sum(small.values()) < sum(large.values())
 
 
