@@ -46,12 +46,7 @@ if TYPE_CHECKING:
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
-HOPELESS = (
-    ValueError,
-    ArithmeticError,
-    FileNotFoundError,
-    ImportError,
-)  # what the same data and configuration would meet again
+HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # the same data would meet them again
 OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 
 

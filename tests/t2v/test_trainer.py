@@ -10,41 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from t2v import shards, storage
+from t2v import storage
 from t2v.checkpoint import read_state
 from t2v.config import MixConfig, TrainConfig
 from t2v.keys import is_temporal
-from t2v.shards import LatentInfo, write_shard
 from t2v.trainer import ema_decay, learning_rate
 from tests.t2v.train_ranks import STEP_SAMPLES, job
 
 PROJECT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a VAE and latents of both streams, as the preparation leaves them, and an image UNet."""
-    folder = tmp_path_factory.mktemp("data")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
-    rng = np.random.default_rng(0)
-    for stream, frames in (("images", 1), ("videos", 2)):
-        info = LatentInfo(stream, (4, frames, 4, 4), shards.encoder_id(str(folder / "vae")), 1.0, "settings")
-        for index in range(3):
-            mean = rng.normal(size=(10, *info.shape)).astype(np.float16)
-            names = [f"{stream} {index} {row}" for row in range(10)]
-            path = str(folder / "data/latents" / stream / f"{index}.parquet")
-            write_shard(path, info, names, names, mean, mean - 3, [3.0] * 10, [0.0] * 10, rows_per_group=5)
-    unet = job("", 1).model.unet
-    UNet2DConditionModel(
-        block_out_channels=unet.block_out_channels, cross_attention_dim=16, attention_head_dim=[2, 4],
-        norm_num_groups=8, layers_per_block=1, use_linear_projection=True,
-        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-    ).save_pretrained(folder / "start" / "unet")  # fmt: skip
-    return folder
 
 
 def train(data: Path, folder: Path, ranks: int, *plan: dict) -> str:

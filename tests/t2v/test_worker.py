@@ -1,0 +1,105 @@
+"""Training on Ray: what is killed is started anew and ends as if undisturbed; what cannot be mended ends at once."""
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from t2v import storage
+from t2v.job import TrainJob
+from t2v.worker import fit
+from tests.t2v.train_ranks import STEP_SAMPLES, job
+
+
+@ray.remote(num_cpus=0)
+def note(run_dir: str, prompts: list[str], samples: int) -> None:
+    Path(run_dir, f"told-{samples}.json").write_text(json.dumps(prompts))
+
+
+def tell(whole: TrainJob, prompts: list[str], samples: int) -> ray.ObjectRef:
+    """What the job does with an exported model: here it is noted."""
+    return note.remote(whole.run_dir, prompts, samples)
+
+
+def new_job(data: Path, run_dir: Path, steps: int = 40) -> TrainJob:
+    shutil.copytree(data, run_dir)
+    whole = job(str(run_dir), 2)
+    cadence = {"samples": steps * STEP_SAMPLES, "checkpoint_every_samples": 4 * STEP_SAMPLES}
+    milestones = {"milestone_every_samples": 20 * STEP_SAMPLES, "keep_checkpoints": 2}
+    machine = {"gpus_per_worker": 0, "cpus_per_worker": 1}
+    return replace(whole, train=replace(whole.train, **cadence, **milestones, **machine))
+
+
+def kill_a_rank(run_dir: Path, killed: list[int]) -> None:
+    """SIGKILL, once there is a checkpoint."""
+    end = time.monotonic() + 120
+    while not list(run_dir.glob("train/checkpoint_2*/rank-00001.json")) and time.monotonic() < end:
+        time.sleep(0.05)
+    ranks = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in each.name()]
+    for process in ranks[:1]:
+        killed.append(process.pid)
+        process.kill()
+
+
+def exported(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "train/model/unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(ray_session: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    fit(new_job(data, folder / "undisturbed"), tell)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_rank, args=(folder / "killed", killed))
+    killer.start()
+    fit(new_job(data, folder / "killed"), tell)
+    killer.join()
+    assert killed
+    return folder
+
+
+def test_a_killed_rank_costs_nothing_but_time(runs: Path) -> None:
+    starts = storage.read_lines(f"{runs}/killed/train/starts.jsonl")
+    assert len(starts) == 2 and starts[1]["samples"] > 0
+    one, two = exported(runs / "undisturbed"), exported(runs / "killed")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_milestones_are_exported_told_of_and_kept_while_checkpoints_go(runs: Path) -> None:
+    half, end = 20 * STEP_SAMPLES, 40 * STEP_SAMPLES
+    assert {path.name for path in (runs / "undisturbed").glob("told-*")} == {f"told-{half}.json", f"told-{end}.json"}
+    assert len(json.loads((runs / f"undisturbed/told-{end}.json").read_text())) == 5
+    assert (runs / f"undisturbed/train/milestones/{half:012}/checkpoint/rank-00001.json").exists()
+    assert len(list((runs / "undisturbed/train").glob("checkpoint_2*"))) == 2
+
+
+def test_a_list_of_checkpoints_that_a_kill_left_half_written_is_begun_anew(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = job(str(runs / "undisturbed"), 2)
+    note = Path(whole.registry)
+    note.write_text(note.read_text()[:100])
+    more = {"samples": 44 * STEP_SAMPLES, "checkpoint_every_samples": 4 * STEP_SAMPLES, "gpus_per_worker": 0}
+    fit(replace(whole, train=replace(whole.train, cpus_per_worker=1, **more)), tell)
+    assert "Ray Train's list of checkpoints is begun anew" in capsys.readouterr().out
+    assert storage.read_lines(f"{runs}/undisturbed/train/starts.jsonl")[-1]["samples"] == 40 * STEP_SAMPLES
+    assert whole.exported_samples == 44 * STEP_SAMPLES
+
+
+def test_a_corrupt_shard_ends_the_run_by_name_and_is_not_tried_again(runs: Path, data: Path, tmp_path: Path) -> None:
+    whole = new_job(data, tmp_path / "run", steps=4)
+    shard = tmp_path / "run/data/latents/videos/1.parquet"
+    content = bytearray(shard.read_bytes())
+    content[200:3000] = bytes(2800)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="videos/1.parquet: row group 0 cannot be read"):
+        fit(whole, tell)
+    assert len(storage.read_lines(f"{tmp_path}/run/train/starts.jsonl")) == 1
