@@ -132,9 +132,9 @@ class Trainer:
             self.staged.written.wait()
 
     def close(self, status: str = "FINISHED") -> None:
-        """Ends the run in MLflow, as FINISHED, FAILED or KILLED."""
+        """Ends the run in MLflow, as FINISHED, FAILED or KILLED: the latter two soon, since ranks are to start anew."""
         if self.record:
-            self.record.close(status)
+            self.record.close(status, timeout_s=30 if status == "FINISHED" else 5)
 
     def _resume(self, checkpoints: Sequence[str]) -> dict[str, Any]:
         for folder in checkpoints:
