@@ -1,4 +1,4 @@
-"""Samples from a model that is still being trained, kept for each milestone and shown on a page of all of them.
+"""Samples and losses of a model that is still being trained, kept for each milestone, on a page of all of them.
 
 It is a Ray task of its own, so that no rank waits for it; it runs when a worker of `sample` finds room.
 """
@@ -33,12 +33,15 @@ def _preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None)
     from pipelines.prompts import Prompt
     from pipelines.sampling import Sampler, even_batches
     from t2v.record import Record
+    from t2v.validation import held_out_losses
 
     sampler = Sampler(job.model_folder, even_batches(job.sample, len(prompts)), job.size)
     asked = [Prompt(prompt, job.sample.seed + index) for index, prompt in enumerate(prompts)]
     clips = sampler.sample(asked)
     milestones, name = storage.join(job.run_dir, "train", "milestones"), f"{samples:012d}"
     with tempfile.TemporaryDirectory() as folder, closing(Record(job.run_dir, "train", {})) as record:
+        if job.train.held_out_rows:
+            record.metrics(held_out_losses(job), samples)
         for path in _write(folder, name, clips, job.sample.fps):
             record.file(path, "samples" if path.endswith(".png") else f"milestones/{name}")
         storage.copy_folder(folder, storage.join(milestones, name))

@@ -2,7 +2,7 @@
 
 It knows nothing of how ranks are started: t2v/worker.py is its Host.
 
-b samples, c channels, f frames, h w latent size, l tokens, d text width.
+b samples.
 """
 
 import math
@@ -25,13 +25,13 @@ from t2v.diffusion import Diffusion
 from t2v.engine import Engine, Staged
 from t2v.feed import Batch, Feed
 from t2v.job import STREAMS, TrainJob
+from t2v.losses import BUCKETS, add_losses, batch_losses, losses_of
 from t2v.order import generator
 from t2v.plan import sample_flops
 from t2v.published import start_weights
 from t2v.shards import digest_shards
 from t2v.unet import UNet
 
-BUCKETS = 4  # into which timesteps are divided where the log tells losses apart
 LOOK_S = 5.0  # between two looks for a machine that is about to be taken away
 
 
@@ -183,8 +183,7 @@ class Trainer:
             own.append(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}")
             losses, timesteps = self._losses(batch)
             self.engine.backward(losses.mean(), batch.slot.weight)
-            row = STREAMS.index(batch.slot.stream) * BUCKETS + timesteps * BUCKETS // self.diffusion.config.timesteps
-            tally.index_add_(0, row, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
+            add_losses(tally, batch.slot.stream, losses, timesteps, of=self.diffusion.config.timesteps)
         looks = self.rank == 0 and time.monotonic() - self.looked > LOOK_S
         votes = torch.tensor([looks, self.host.wants_stop()], dtype=torch.float32)
         tally[-1] = votes.to(tally.device, non_blocking=True)
@@ -221,22 +220,11 @@ class Trainer:
             )
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Eq. 5 for one slot's samples [b], and their timesteps [b]; (seed, stream, sample) keys all chance."""
-        device = self.engine.device
-        latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
-        if batch.logvar is not None:
-            deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
-            latents += deviation * batch.draw.posterior_noise.to(device, non_blocking=True)
-        latents *= self.inventory[batch.slot.stream][0].info.scale
-        text = self.text.encode(batch.draw.kept(batch.captions)).to(self.engine.dtype)  # b l d
+        """Losses of one slot's samples [b], and their timesteps [b]."""
         dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
-        noise = batch.draw.noise.to(device, non_blocking=True)
-        timesteps = batch.draw.timesteps.to(device, non_blocking=True)
-        return self.diffusion.loss(self._predict, latents, text, timesteps, noise), timesteps
-
-    def _predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        return self.engine.unet(latents.to(self.engine.dtype), timesteps, text)
+        scale, engine = self.inventory[batch.slot.stream][0].info.scale, self.engine
+        return batch_losses(engine.unet, batch, scale, self.diffusion, self.text, engine.device, engine.dtype)
 
     def _begin_interval(self, feed: Feed) -> None:
         self.tallies.clear()
@@ -248,7 +236,7 @@ class Trainer:
             seconds = time.monotonic() - self.begun
             rates = {f"{stream}_per_s": len(self.tallies) * n / seconds for stream, n in self.step.samples.items()}
             line = {
-                **_losses_of(torch.stack(self.tallies).sum(0)),
+                **losses_of(torch.stack(self.tallies).sum(0), "loss"),
                 **rates,
                 "samples_per_s": sum(rates.values()),
                 "data_wait_share": (feed.waited_s - self.waited_s) / seconds,
@@ -307,18 +295,6 @@ class Trainer:
         self.host.report(self.staged, self.samples, milestone or self.samples == self.job.samples)
         self.checkpointed = self.samples
         self.stall_s = time.monotonic() - begun
-
-
-def _losses_of(tally: Tensor) -> dict[str, float]:
-    """Mean loss of each stream, and in each quarter of the timesteps: of sums and numbers [streams * buckets, 2]."""
-    losses = {}
-    for stream, rows in zip(STREAMS, tally.view(len(STREAMS), BUCKETS, 2), strict=True):
-        total, number = rows.sum(0).tolist()
-        losses[f"loss_{stream}"] = total / number
-        for bucket, (total, number) in enumerate(rows.tolist()):
-            if number:
-                losses[f"loss_{stream}_t{1000 * bucket // BUCKETS:03}"] = total / number
-    return losses
 
 
 def _crossed(samples: int, before: int, every: int) -> bool:

@@ -1,12 +1,19 @@
-"""What becomes of a milestone: its averaged weights as a diffusers folder, and a copy of its checkpoint that stays."""
+"""What becomes of a milestone: its averaged weights as a diffusers folder, its loss on rows that training does not see,
+and a copy of its checkpoint that stays.
+"""
 
 import torch
 
 from t2v import storage
 from t2v.checkpoint import read_average
-from t2v.export import write_model
-from t2v.job import TrainJob
+from t2v.config import TextConfig
+from t2v.diffusion import Diffusion
+from t2v.export import read_unet, write_model
+from t2v.feed import held_out_batches
+from t2v.frozen import load_text
+from t2v.job import STREAMS, TrainJob
 from t2v.keys import is_temporal
+from t2v.losses import BUCKETS, add_losses, batch_losses, losses_of
 from t2v.published import start_weights
 from t2v.unet import UNet
 
@@ -21,6 +28,26 @@ def export(job: TrainJob, checkpoint: str, samples: int) -> None:
         shapes = {name: shape for name, shape in shapes.items() if is_temporal(name)}
     weights |= read_average(checkpoint, shapes)
     write_model(job.model_folder, weights, job.model, job.diffusion, {"samples": samples}, job.size // 8)
+
+
+def held_out_losses(job: TrainJob) -> dict[str, float]:
+    """Mean loss of the exported model on `train.held_out_rows`, by stream and quarter of the timesteps.
+
+    On this process's GPU if sampling has one, in fp16; chance is the same each time, dropped captions too.
+    """
+    on_gpu = job.sample.gpus_per_worker > 0 and torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.float16 if on_gpu else torch.float32
+    unet = read_unet(job.model_folder).to(device, dtype).requires_grad_(False)
+    text = load_text(TextConfig(weights=job.model_folder, skip_layers=0), device)
+    diffusion, inventory = Diffusion(job.diffusion), job.inventory()
+    tally = torch.zeros(len(STREAMS) * BUCKETS, 2, device=device)
+    for stream in STREAMS:
+        size = max(1, job.train.mix.frames_per_slot // job.frames_of(stream) // 4)
+        scale = inventory[stream][0].info.scale
+        for batch in held_out_batches(job, stream, size, diffusion.draw):
+            losses, timesteps = batch_losses(unet, batch, scale, diffusion, text, device, dtype)
+            add_losses(tally, stream, losses, timesteps, of=job.diffusion.timesteps)
+    return losses_of(tally, "held_out")
 
 
 def keep(job: TrainJob, checkpoint: str, samples: int) -> None:

@@ -29,6 +29,7 @@ SMALLEST = {
     "train.samples": 2 * STEP_SAMPLES,
     "train.checkpoint_every_samples": STEP_SAMPLES,
     "train.milestone_every_samples": 2 * STEP_SAMPLES,
+    "train.held_out_rows": 3,
     "sample.steps": 3,
     "evaluate.clips": 6,
 }
@@ -119,6 +120,9 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     assert "milestones/index.html" in {file.path for file in client.list_artifacts(train.info.run_id, "milestones")}
     scores = json.loads(Path(client.download_artifacts(runs["evaluate"].info.run_id, "scores.json")).read_text())
     assert {"score", "value", "colour", "direction"} <= set(scores["columns"])
+    held_out = [client.get_metric_history(train.info.run_id, f"held_out_{stream}") for stream in ("images", "videos")]
+    assert [[point.step for point in points] for points in held_out] == [[2 * STEP_SAMPLES]] * 2
+    assert all(0.2 < points[0].value < 2 for points in held_out)
     history = client.get_metric_history(train.info.run_id, "loss_videos")
     assert [point.step for point in history] == [
         line["samples"] for line in storage.read_lines(f"{run_dir}/train/log.jsonl")

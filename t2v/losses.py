@@ -1,0 +1,60 @@
+"""The loss of a batch, and what is told of losses: their mean in each stream and in each quarter of the timesteps.
+
+b samples, c channels, f frames, h w latent size, l tokens, d text width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from t2v.config import Stream
+from t2v.diffusion import Diffusion
+from t2v.feed import Batch
+from t2v.frozen import TextEncoder
+from t2v.job import STREAMS
+
+BUCKETS = 4  # into which timesteps are divided where losses are told apart
+
+
+def batch_losses(
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    batch: Batch,
+    scale: float,
+    diffusion: Diffusion,
+    text: TextEncoder,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5 for each sample of a batch, fp32 [b], and their timesteps [b]; `unet` computes in `dtype`.
+
+    `scale` brings latents to unit variance. All chance but dropout is the batch's own.
+    """
+    draw = batch.draw
+    latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
+    if batch.logvar is not None:
+        deviation = (0.5 * batch.logvar.to(device, non_blocking=True).float()).exp()
+        latents += deviation * draw.posterior_noise.to(device, non_blocking=True)
+    latents *= scale
+    states = text.encode(draw.kept(batch.captions)).to(dtype)  # b l d
+    noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
+    losses = diffusion.loss(lambda z, t, s: unet(z.to(dtype), t, s), latents, states, timesteps, noise)
+    return losses, timesteps
+
+
+def add_losses(tally: Tensor, stream: Stream, losses: Tensor, timesteps: Tensor, of: int) -> None:
+    """Adds losses [b] at timesteps [b], out of `of`, to sums and numbers: fp32 [streams * BUCKETS or more, 2]."""
+    row = STREAMS.index(stream) * BUCKETS + timesteps * BUCKETS // of
+    tally.index_add_(0, row, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
+
+
+def losses_of(tally: Tensor, name: str) -> dict[str, float]:
+    """Mean loss of each stream, and in each quarter of the timesteps: NAME_videos, NAME_videos_t250, ..."""
+    means = {}
+    for stream, rows in zip(STREAMS, tally.view(len(STREAMS), BUCKETS, 2), strict=True):
+        total, number = rows.sum(0).tolist()
+        means[f"{name}_{stream}"] = total / number
+        for bucket, (total, number) in enumerate(rows.tolist()):
+            if number:
+                means[f"{name}_{stream}_t{1000 * bucket // BUCKETS:03}"] = total / number
+    return means
