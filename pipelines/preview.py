@@ -1,4 +1,5 @@
-"""Samples and losses of a model that is still being trained, kept for each milestone, on a page of all of them.
+"""Samples from a model that is still being trained, kept for each milestone and shown on a page of all of them, and its
+loss on held-out rows.
 
 It is a Ray task of its own, so that no rank waits for it; it runs when a worker of `sample` finds room.
 """

@@ -55,7 +55,7 @@ class Record:
         self._opened: tuple[mlflow.MlflowClient, str] | None = None
         self._outbox = Outbox("MLflow", self._send, _is_hopeless)
         if params:
-            self._put(lambda client, run_id: None)  # opens the run
+            self._put(lambda client, run_id: _complete(client, run_id, self._params))  # opens the run, too
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Adds one point to each series; `step` counts samples."""
@@ -120,9 +120,13 @@ class Record:
         name = f"{self._job} {os.path.basename(self._run_dir.rstrip('/'))}"
         run_id = client.create_run(experiment, run_name=name).info.run_id
         storage.write_json(self._note, {"run_id": run_id})
-        params = [Param(key, value) for key, value in self._params.items()]
-        self._put(lambda client, run_id: client.log_batch(run_id, params=params))  # if refused, the run is there still
         return run_id
+
+
+def _complete(client: mlflow.MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    """Adds the parameters that a run lacks: all at its start, none later, unless the start was cut off."""
+    known = client.get_run(run_id).data.params
+    client.log_batch(run_id, params=[Param(key, value) for key, value in params.items() if key not in known])
 
 
 def _is_hopeless(error: Exception) -> bool:

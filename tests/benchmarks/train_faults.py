@@ -131,17 +131,15 @@ def memory_mib(process: psutil.Process) -> float:
         return 0.0
 
 
-def left_over() -> tuple[set[int], set[str]]:
-    """Processes of Ray or of the project, and shared memory."""
-    named = {process.pid for process in psutil.process_iter(["name"]) if "ray" in (process.info["name"] or "")}
-    return named, set(os.listdir("/dev/shm"))
+def alive(started: list[psutil.Process]) -> int:
+    return sum(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in started)
 
 
 def main() -> None:
     folder, mode = Path(sys.argv[1]).absolute(), sys.argv[2]
     print(header(), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    before = left_over()
+    shared = set(os.listdir("/dev/shm"))
     arguments = {"num_cpus": 4, "object_store_memory": 200_000_000}
     cluster = Cluster(initialize_head=True, head_node_args=arguments)
     assert start("prepare_data", folder / "prepared", cluster.address, {}).wait() == 0, "failed, see prepared/log.txt"
@@ -150,10 +148,11 @@ def main() -> None:
         "soak": lambda n: soak(folder, cluster.address, n or 30),
     }
     modes[mode](int((sys.argv[3:] or ["0"])[0]))
+    started = psutil.Process().children(recursive=True)
     cluster.shutdown()
     time.sleep(5)
-    after = left_over()
-    print(f"left over: {len(after[0] - before[0])} processes, {len(after[1] - before[1])} files of shared memory")
+    files = len(set(os.listdir("/dev/shm")) - shared)
+    print(f"left over: {alive(started)} of {len(started)} processes, {files} files of shared memory")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,22 @@ def test_a_rerun_continues_the_same_run(tmp_path: Path) -> None:
         record = Record(str(tmp_path), "train", {"train": {"samples": 5}})
         record.metrics({"loss": 1 / step}, step)
         record.table([{"stream": "images", "rows": 3}], "rows.json")
-        record.close(status)
+        record.close(status, timeout_s=120)
     client = mlflow.MlflowClient(tracking_uri(str(tmp_path)))
     (run,) = client.search_runs([client.get_experiment_by_name("t2v").experiment_id])
     assert run.info.status == "FINISHED" and run.data.params == {"train.samples": "5"}
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05)]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["rows.json"]
+
+
+def test_parameters_that_a_killed_start_did_not_send_are_sent_by_the_next(tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(tracking_uri(str(tmp_path)))
+    begun = client.create_run(client.create_experiment("t2v", f"{tmp_path}/mlruns"))
+    storage.write_json(str(tmp_path / "config/train.mlflow.json"), {"run_id": begun.info.run_id})
+    client.log_param(begun.info.run_id, "seed", "0")
+    Record(str(tmp_path), "train", {"seed": 0, "train": {"samples": 5}}).close(timeout_s=120)
+    assert client.get_run(begun.info.run_id).data.params == {"seed": "0", "train.samples": "5"}
 
 
 def test_a_table_replaces_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ def train(data: Path, folder: Path, ranks: int, *plan: dict) -> str:
 
 
 HALF, WHOLE = 3 * STEP_SAMPLES, 6 * STEP_SAMPLES
+KINDS = [(0, "fp32"), (2, "fp32"), (2, "bf16"), (3, "bf16")]  # of ZeRO and precision
 STAGES = {0: "plain", 1: "stage 1", 3: "stage 3"}
 
 
@@ -57,7 +58,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(data, folder, 3, elastic(2, 4))
     damage(folder)
     from_damaged = {"run": "mended", "samples": WHOLE, "from": ["half", "damaged", *half]}
-    said = train(data, folder, 2, elastic(4, 6), from_damaged, *(broken(s, n) for s in (0, 2) for n in (1, 2)))
+    said = train(data, folder, 2, elastic(4, 6), from_damaged, *(broken(*kind, n) for kind in KINDS for n in (1, 2)))
     (folder / "said.txt").write_text(said)
     return folder
 
@@ -73,9 +74,15 @@ def damage(folder: Path) -> None:
     part.write_bytes(content)
 
 
-def broken(stage: int, steps: int) -> dict:
-    changes = {"max_skipped_steps": 2, "zero_stage": stage}
-    return {"run": f"broken {stage} {steps}", "samples": WHOLE, "train": changes, "broken_at": 2, "broken": steps}
+def broken(stage: int, precision: str, steps: int) -> dict:
+    changes = {"max_skipped_steps": 2, "zero_stage": stage, "precision": precision}
+    return {
+        "run": f"broken {stage} {precision} {steps}",
+        "samples": WHOLE,
+        "train": changes,
+        "broken_at": 2,
+        "broken": steps,
+    }
 
 
 def elastic(first: int, end: int) -> dict:
@@ -153,18 +160,20 @@ def test_a_damaged_or_half_written_checkpoint_is_skipped_for_the_one_before(fold
     assert furthest(folder / "mended", folder / "straight") == 0
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_steps_without_a_finite_gradient_are_left_out_on_all_ranks_and_too_many_end_the_run(
-    folder: Path, stage: int
+    folder: Path, stage: int, precision: str
 ) -> None:
-    one = folder / f"broken {stage} 1"
+    one = folder / f"broken {stage} {precision} 1"
     skipped = [line["skipped_steps"] for line in storage.read_lines(f"{one}/train/log.jsonl")]
     assert skipped == [0, 0, 1, 1, 1, 1]
     assert np.isfinite(losses(one)[3:]).all()
     assert all(weight.isfinite().all() for weight in weights(one).values())
     said = (folder / "said.txt").read_text()
-    assert said.count("Diverged: 2 steps in a row had a gradient that is not finite; the last at 40 samples") == 2 * 2
-    assert not (folder / f"broken {stage} 2/average.safetensors").exists()
+    assert said.count(
+        "Diverged: 2 steps in a row had a gradient that is not finite; the last at 40 samples"
+    ) == 2 * len(KINDS)
+    assert not (folder / f"broken {stage} {precision} 2/average.safetensors").exists()
 
 
 def test_a_missing_start_is_told_at_once_and_no_longer_once_there_is_a_checkpoint(data: Path, tmp_path: Path) -> None:
