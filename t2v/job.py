@@ -57,8 +57,8 @@ class TrainJob:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no checkpoint has been committed yet."""
-        return not storage.exists(self.registry)
+        """Whether there is no checkpoint yet, not even a half-written one."""
+        return not any(name.startswith("checkpoint_") for name in storage.folders(storage.join(self.run_dir, "train")))
 
     def inventory(self) -> dict[Stream, list[Shard]]:
         """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""

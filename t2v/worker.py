@@ -301,7 +301,7 @@ def _mend_registry(job: TrainJob) -> None:
     A kill can leave it half-written, another version writes another one, and a folder that it names can be gone. The
     checkpoints themselves tell what they are.
     """
-    if job.is_fresh:
+    if not storage.exists(job.registry):
         return
     try:
         note = storage.read_json(job.registry)

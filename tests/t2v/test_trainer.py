@@ -182,7 +182,7 @@ def test_a_missing_start_is_told_at_once_and_no_longer_once_there_is_a_checkpoin
     lost = replace(good, model=replace(good.model, start="/weights/sd21"))
     with pytest.raises(FileNotFoundError, match="model.start: there is no file or folder /weights/sd21"):
         lost.inventory()
-    storage.write_json(good.registry, {})
+    storage.write_json(f"{good.run_dir}/train/checkpoint_1/rank-00000.json", {})
     assert lost.inventory().keys() == {"images", "videos"}
 
 
