@@ -3,13 +3,7 @@
 import threading
 import time
 
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-from t2v.record import Record
+from t2v.record import Record, machine_monitors
 
 
 class NodeMetrics:
@@ -21,7 +15,7 @@ class NodeMetrics:
 
     def __init__(self, record: Record, node: str, every_s: float = 10.0) -> None:
         self._record, self._node, self._every_s = record, node, every_s
-        self._monitors = _monitors()
+        self._monitors = machine_monitors()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="node metrics", daemon=True)
         self._thread.start()
@@ -43,11 +37,3 @@ class NodeMetrics:
             self._record.metrics(
                 {f"system/{self._node}/{name}": value for name, value in values.items()}, int(time.time())
             )
-
-
-def _monitors() -> list[BaseMetricsMonitor]:
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    try:
-        return [*monitors, GPUMonitor()]
-    except (ImportError, RuntimeError):  # no GPU, or nothing (nvidia-ml-py) to read it with
-        return monitors

@@ -10,9 +10,7 @@ from t2v.memory import count_weights
 
 STATE_BYTES = 16  # a trained weight in a checkpoint: master, two moments and average in fp32
 MODEL_BYTES = 4  # a weight of the exported model
-UTILISATION = (
-    0.4  # of a card's bf16 limit, that training reaches (tests/benchmarks/results/unet_h200.txt: 0.40 to 0.43)
-)
+UTILISATION = 0.35  # of a card's bf16 limit, measured on H100s (tests/benchmarks/results/train_h100.txt)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
@@ -21,6 +21,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIF
 from t2v import storage
 from t2v.outbox import Outbox
 from t2v.tracking import tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 EXPERIMENT = "t2v"
 CLIENT = {  # the outbox tries again, so that one request need not
@@ -121,6 +124,20 @@ class Record:
         run_id = client.create_run(experiment, run_name=name).info.run_id
         storage.write_json(self._note, {"run_id": run_id})
         return run_id
+
+
+def machine_monitors() -> "list[BaseMetricsMonitor]":
+    """MLflow's own monitors of this machine's CPU, memory, disk and network, and of its GPUs if they can be read."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        return [*monitors, GPUMonitor()]
+    except (ImportError, RuntimeError):  # no GPU, or nothing (nvidia-ml-py) to read it with
+        return monitors
 
 
 def _complete(client: mlflow.MlflowClient, run_id: str, params: Mapping[str, str]) -> None:

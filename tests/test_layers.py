@@ -13,7 +13,7 @@ FOLDERS = {  # what each may import of the others
 }
 ROOMS = {
     "deepspeed": {"t2v/engine.py"},
-    "mlflow": {"t2v/record.py", "t2v/node_metrics.py"},
+    "mlflow": {"t2v/record.py"},
     "ray.train": {"t2v/worker.py"},
     "diffusers": {"t2v/frozen.py", "t2v/export.py", "pipelines/nano_vae.py"},
     "open_clip": {"t2v/frozen.py"},

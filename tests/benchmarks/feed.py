@@ -6,7 +6,7 @@
 Every reader gives batches of 32 clips as the trainer takes them, fp16 tensors [32, 4, 16, 32, 32] (131 kB a clip)
 and captions, shuffled by files and within 1,000 rows, from files that are in the page cache. Each is one fresh
 process a round, in alternating rounds; CPU seconds are those of the process and, for Ray Data, of all that it
-started, over three epochs after a first. Each layout is the fastest that was found: raw bytes, no compression.
+started, over three epochs after a first. Each of the others has one layout: raw bytes, no compression.
 t2v/feed.py compares checksums when it reads rows for the first time, `verifying` whenever it does; others never do.
 """
 
