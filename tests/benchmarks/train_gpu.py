@@ -32,6 +32,7 @@ UNET = {"block_out_channels": [32, 64], "layers_per_block": 1, "head_dim": 16, "
 TEXT = {"weights": "random", "width": 64, "heads": 4, "layers": 3} if TINY else {"weights": "random"}
 LINES = 4 if TINY else 6  # of the log that are measured, after as many as it takes to warm up
 WARM_LINES = 2
+AFTER = 2  # lines of the log that follow on the first whole checkpoint
 
 
 def prepare(folder: Path) -> None:
@@ -58,8 +59,11 @@ def prepare(folder: Path) -> None:
             write_shard(str(path), info, names, captions, mean, mean - 4, [3.0] * rows, [0.0] * rows)
 
 
-def job(folder: Path, gpus: int, mix: dict[str, Any], name: str) -> dict[str, float]:
-    """Runs jobs/train.py until enough lines are logged, then stops it as a cluster would; medians of its log."""
+def job(folder: Path, gpus: int, mix: dict[str, Any], name: str, checkpoint: bool) -> dict[str, float]:
+    """Runs jobs/train.py until enough lines are logged, then stops it as a cluster would; what its log says.
+
+    With `checkpoint` it begins one once enough lines are logged, and goes on until that is written.
+    """
     run_dir = folder / name
     run_dir.mkdir()
     (run_dir / "data").symlink_to(folder / "data")
@@ -71,7 +75,8 @@ def job(folder: Path, gpus: int, mix: dict[str, Any], name: str) -> dict[str, fl
             "workers": gpus, "gpus_per_worker": 0 if TINY else 1, "cpus_per_worker": 1 if TINY else 8, "samples": 10**8,
             "precision": "fp32" if TINY else "bf16", "recompute": "gates", "shuffle_rows": 800,
             "log_every_s": 0.5 if TINY else 4.0,
-            "keep_checkpoints": 1, "checkpoint_every_samples": 5 * STEP, "milestone_every_samples": 10**8,
+            "keep_checkpoints": 1, "milestone_every_samples": 10**8,
+            "checkpoint_every_samples": (8 if TINY else 5 + 5 * gpus) * STEP if checkpoint else 10**8,
             "mix": {"slots": 8} | mix,
         },
         "sample": {"frames": FRAMES},
@@ -87,7 +92,7 @@ def job(folder: Path, gpus: int, mix: dict[str, Any], name: str) -> dict[str, fl
     begun = time.monotonic()
     process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log, env=environment)
     lines: list[dict] = []
-    while process.poll() is None and len(lines) < WARM_LINES + LINES and time.monotonic() - begun < 240:
+    while process.poll() is None and not is_enough(lines, checkpoint) and time.monotonic() - begun < 270:
         time.sleep(0.5)
         path = run_dir / "train/log.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -97,24 +102,46 @@ def job(folder: Path, gpus: int, mix: dict[str, Any], name: str) -> dict[str, fl
     if process.returncode or len(lines) < WARM_LINES + 2:
         print(f"{name}: failed with code {process.returncode}\n{text[-4000:]}", flush=True)
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
     return summary(name, lines, time.monotonic() - begun, gpus)
 
 
+def is_enough(lines: list[dict], checkpoint: bool) -> bool:
+    """Whether the log has what is to be measured."""
+    if checkpoint:
+        return sum("checkpoint_s" in line for line in lines) > AFTER
+    return len(lines) >= WARM_LINES + LINES
+
+
 def summary(name: str, lines: list[dict], seconds: float, gpus: int) -> dict[str, float]:
-    measured = lines[WARM_LINES:]
-    medians = {key: statistics.median(line[key] for line in measured if key in line) for key in measured[-1]}
-    rate = sum(line["samples_per_s"] * line["seconds"] for line in measured) / sum(line["seconds"] for line in measured)
-    print(
-        f"{name:<12} {gpus} GPUs  {rate:7.2f} samples/s (median {medians['samples_per_s']:.2f})  "
-        f"waiting for data {medians['data_wait_share']:.2%}  memory {lines[-1]['memory_gib']:.1f} GiB  "
-        + "  ".join(
-            f"{key} {medians[key]:.2f}" for key in ("checkpoint_s", "checkpoint_stall_s", "mfu") if key in medians
+    """Prints the rates before, during and after the writing of a checkpoint; the first is returned."""
+    stages = {
+        "no checkpoint": [line for line in lines[WARM_LINES:] if "checkpoint_stall_s" not in line],
+        "while one is written": [line for line in lines if "checkpoint_stall_s" in line and "checkpoint_s" not in line],
+        "after it": [line for line in lines if "checkpoint_s" in line][1:],
+    }
+    rates = {}
+    for stage, some in stages.items():
+        if not some:
+            continue
+        each = [line["samples_per_s"] for line in some]
+        rates[stage] = sum(line["samples_per_s"] * line["seconds"] for line in some) / sum(
+            line["seconds"] for line in some
         )
+        print(
+            f"{name:<10} {gpus} GPUs  {rates[stage]:7.2f} samples/s "
+            f"({min(each):.2f} to {max(each):.2f} in {len(some)} lines)  "
+            f"MFU {statistics.median(line['mfu'] for line in some):.3f}  "
+            f"waiting for data {statistics.median(line['data_wait_share'] for line in some):.2%}  {stage}",
+            flush=True,
+        )
+    last = lines[-1]
+    print(
+        f"{'':<10} memory {last['memory_gib']:.1f} GiB"
+        + "".join(f"  {key} {last[key]:.2f}" for key in ("checkpoint_stall_s", "checkpoint_s") if key in last)
         + f"  first line after {lines[0]['seconds']:.0f} s of steps, {seconds:.0f} s in all",
         flush=True,
     )
-    return medians | {"rate": rate}
+    return {"rate": rates.get("no checkpoint", 0.0)}
 
 
 def even() -> dict[str, Any]:
@@ -365,8 +392,8 @@ def main() -> None:
         elif name == "engines":
             engines(gpus)
         else:
-            found = job(Path(folder), gpus, even() if name == "job" else printed(name), f"{name}-{gpus}")
-            rates[part] = found.get("rate", 0)
+            mix = even() if name == "job" else printed(name)
+            rates[part] = job(Path(folder), gpus, mix, f"{name}-{gpus}", checkpoint=name == "job").get("rate", 0)
             if name == "job" and "bare" in rates:
                 print(f"             {rates[part] / gpus / rates['bare']:.1%} of the bare step, a GPU", flush=True)
     if "packed=4" in rates and "rank=4" in rates:
