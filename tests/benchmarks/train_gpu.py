@@ -155,13 +155,16 @@ def printed(schedule: str) -> dict[str, Any]:
 
 
 def inputs(ranks: int, rank: int, dtype: Any) -> list[tuple]:
-    """The slots of a rank: latents, timesteps, text and noise; some of SLOTS."""
+    """The slots of a rank, each in two micro-batches where engines are compared, so that DDP fits as well: latents,
+    timesteps, text and noise."""
     import torch
 
     device = "cpu" if TINY else "cuda"
     generator = torch.Generator(device).manual_seed(rank)
     draw = {"device": device, "dtype": dtype, "generator": generator}
     slots = [(IMAGES, 1), *[(CLIPS, FRAMES)] * (SLOTS - 1)][rank::ranks]
+    if ranks > 1 and not TINY:
+        slots = [(count // 2, frames) for count, frames in slots for _ in range(2)]
     batches = []
     for count, frames in slots:
         latents = torch.randn(count, 4, frames, SIZE // 8, SIZE // 8, **draw)
@@ -266,7 +269,7 @@ def zero_step(rank: int, kind: str) -> Any:
     from t2v.unet import UNet
 
     settings = TrainConfig(zero_stage=int(kind[-1]), precision="fp32" if TINY else "bf16", recompute="gates")  # type: ignore[arg-type]
-    engine = Engine(UNet(config()), settings, SLOTS // torch.distributed.get_world_size())
+    engine = Engine(UNet(config()), settings, 2 * SLOTS // torch.distributed.get_world_size())
     batches = inputs(torch.distributed.get_world_size(), rank, engine.dtype)
 
     def step() -> None:
@@ -360,9 +363,13 @@ def engines(gpus: int) -> None:
             [*command, *(["--tiny"] if TINY else [])], capture_output=True, text=True, timeout=240, cwd=PROJECT
         )
         print(
-            done.stdout.strip() if done.returncode == 0 else f"{kind}: failed\n{(done.stdout + done.stderr)[-2500:]}",
+            done.stdout.strip() if done.returncode == 0 else f"{kind}: failed\n{_errors(done.stderr)}",
             flush=True,
         )
+
+
+def _errors(text: str) -> str:
+    return "\n".join([line for line in text.splitlines() if "Error" in line][:4]) or text[-2500:]
 
 
 def main() -> None:
