@@ -41,21 +41,26 @@ def absolute(path: str) -> str:
     return os.path.abspath(local_path(path)) if is_local(path) else path
 
 
+def resolve(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that `path` is on, and its own name of it; it never lists from memory, for others write too."""
+    return fsspec.core.url_to_fs(path, use_listings_cache=False)
+
+
 def exists(path: str) -> bool:
     """Whether a file or folder is there."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     return filesystem.exists(inner)
 
 
 def is_file(path: str) -> bool:
     """Whether `path` is a file, links followed."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     return filesystem.isfile(inner)
 
 
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder, links followed."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     return filesystem.isdir(inner)
 
 
@@ -74,23 +79,21 @@ def folders(folder: str) -> list[str]:
 
 def matches(pattern: str) -> list[str]:
     """The files that a pattern with * stands for, sorted; none if there are none."""
-    filesystem, inner = _resolve(pattern)
-    filesystem.invalidate_cache()
+    filesystem, inner = resolve(pattern)
     found = filesystem.glob(inner, detail=True).items()
     return sorted(_outer(filesystem, pattern, path) for path, entry in found if entry["type"] == "file")
 
 
 def walk(folder: str) -> Iterator[list[File]]:
     """The files in `folder` and below, hidden ones left out, one folder's at a time, sorted by name."""
-    filesystem, inner = _resolve(folder)
-    filesystem.invalidate_cache(inner)
+    filesystem, inner = resolve(folder)
     for base, folders, files in filesystem.walk(inner, detail=True):
         for name in sorted(folders):
             folders[name] = folders.pop(name)  # walked in this order
         yield [
             File(_outer(filesystem, folder, f"{base.rstrip('/')}/{name}"), info["size"], str(info))
             for name, info in sorted(files.items())
-            if not name.startswith(".")
+            if name and not name.startswith(".")  # an empty one marks the folder
         ]
 
 
@@ -98,14 +101,14 @@ def read_ranges(paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
     """Bytes `starts[k]` to before `ends[k]` of each path of one file system, or why not; remote ones concurrently."""
     if not paths:
         return []
-    filesystem, _ = _resolve(paths[0])
-    inner = [_resolve(path)[1] for path in paths]
+    filesystem, _ = resolve(paths[0])
+    inner = [resolve(path)[1] for path in paths]
     return filesystem.cat_ranges(inner, list(starts), list(ends), on_error="return")
 
 
 def open_read(path: str, ahead: bool = True) -> BinaryIO:
     """Open a file for reading bytes, with seek; `ahead` reads more of a remote file than asked, in case it is next."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     return filesystem.open(inner, "rb", **({} if ahead else {"cache_type": "none"}))
 
 
@@ -119,8 +122,8 @@ def read_many(paths: Sequence[str]) -> list[bytes]:
     """The whole of many small files of one file system, in the order given; remote ones are read concurrently."""
     if not paths:
         return []
-    filesystem, _ = _resolve(paths[0])
-    inner = [_resolve(path)[1] for path in paths]
+    filesystem, _ = resolve(paths[0])
+    inner = [resolve(path)[1] for path in paths]
     contents = filesystem.cat(inner, recursive=False)
     return [contents[path] for path in inner] if isinstance(contents, dict) else [contents]
 
@@ -136,8 +139,7 @@ def digest(path: str) -> str:
 
 def fingerprint(path: str) -> str:
     """What changes when a file is written anew (size, time, tag), without reading it."""
-    filesystem, inner = _resolve(path)
-    filesystem.invalidate_cache(inner)
+    filesystem, inner = resolve(path)
     return str(filesystem.ukey(inner))
 
 
@@ -179,14 +181,14 @@ def write_lines(path: str, values: Sequence[Any]) -> None:
 
 def remove(path: str) -> None:
     """Delete a file; one that is not there is no error."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     if filesystem.exists(inner):
         filesystem.rm_file(inner)
 
 
 def remove_folder(path: str) -> None:
     """Delete a folder and all in it; one that is not there is no error."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     if filesystem.exists(inner):
         filesystem.rm(inner, recursive=True)
 
@@ -209,7 +211,7 @@ def open_atomic(path: str) -> Iterator[BinaryIO]:
         with _beside(local_path(path)) as file:
             yield file
         return
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     with tempfile.NamedTemporaryFile() as spool:
         yield spool  # type: ignore[misc]
         spool.flush()
@@ -234,13 +236,13 @@ def _beside(path: str) -> Iterator[BinaryIO]:
 
 
 def _names(folder: str, kind: str) -> list[str]:
-    filesystem, inner = _resolve(folder)
-    filesystem.invalidate_cache(inner)
+    filesystem, inner = resolve(folder)
     try:
         entries = filesystem.ls(inner, detail=True)
     except FileNotFoundError:
         return []
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind)
+    paths = (entry["name"].rstrip("/") for entry in entries if entry["type"] == kind)
+    names = (path.rsplit("/", 1)[-1] for path in paths if path != inner.rstrip("/"))  # an object marks its folder
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -250,7 +252,7 @@ def _json(value: Any) -> bytes:
 
 def _create(path: str, content: bytes) -> None:
     """Writes a file whole; FileExistsError if there is one."""
-    filesystem, inner = _resolve(path)
+    filesystem, inner = resolve(path)
     filesystem.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
     if not is_local(path):
         filesystem.pipe_file(inner, content, mode="create")
@@ -274,7 +276,3 @@ def _temporary(path: str) -> str:
 def _outer(filesystem: fsspec.AbstractFileSystem, like: str, inner: str) -> str:
     """A file system's own name of a file, written as `like` is: plain for local files, with its protocol elsewhere."""
     return filesystem.unstrip_protocol(inner) if "://" in like else inner
-
-
-def _resolve(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    return fsspec.core.url_to_fs(path)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import (
     Checkpoint,
@@ -109,7 +110,7 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport) -> TorchTrainer:
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name="train",
-            storage_path=job.run_dir,
+            **_place(job.run_dir),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=-1),  # _Failures counts them, from checkpoint to checkpoint
             worker_runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}},
@@ -119,6 +120,14 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport) -> TorchTrainer:
             partial(_validate, job=job, on_export=on_export), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
         ),
     )
+
+
+def _place(run_dir: str) -> dict[str, Any]:
+    """Where Ray Train keeps its notes: on the client of all other files, since Arrow's own know fewer URLs."""
+    if storage.is_local(run_dir):
+        return {"storage_path": run_dir}
+    filesystem, inner = storage.resolve(run_dir)
+    return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
 def _work(settings: dict) -> None:

@@ -1,3 +1,6 @@
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,26 @@ def tiny_unet() -> UNet:
     """A UNet of two levels in eval mode whose every part acts on its output."""
     config = UNetConfig(block_out_channels=[16, 32], layers_per_block=1, head_dim=8, text_dim=24, norm_groups=8)
     return randomise(UNet(config)).eval()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """A bucket of an object store on a loopback port, which this process finds by its environment."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it logs every request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(os.environ)
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+    yield "s3://bucket"
+    os.environ.clear()
+    os.environ |= before
+    server.stop()
 
 
 @pytest.fixture(scope="session")

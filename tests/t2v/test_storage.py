@@ -3,13 +3,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import pytest
 
 from t2v import storage
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def folder(request, tmp_path):
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}{tmp_path}/run"
     return str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run"
 
 
@@ -50,6 +53,22 @@ def test_listing_and_reading_many(folder):
     assert storage.read_many(paths) == [b'"b.json"\n', b'"a.json"\n']
     assert storage.read_many(paths[:1]) == [b'"b.json"\n']
     assert storage.read_many([]) == []
+
+
+def test_what_other_processes_write_and_remove_is_seen(bucket):
+    """And what marks a folder on S3 is not taken for a file in it."""
+    folder, client = f"{bucket}/seen", fsspec.filesystem("s3", use_listings_cache=False)
+    storage.write_json(f"{folder}/train/a.json", 1)
+    assert storage.listing(f"{folder}/train") == ["a.json"] and storage.folders(folder) == ["train"]
+    client.pipe_file(f"{folder}/train/", b"")
+    client.pipe_file(f"{folder}/train/b.json", b"2")
+    assert storage.exists(f"{folder}/train/b.json") and storage.listing(f"{folder}/train") == ["a.json", "b.json"]
+    assert [file.path for files in storage.walk(folder) for file in files] == [
+        f"{folder}/train/a.json", f"{folder}/train/b.json"
+    ]  # fmt: skip
+    storage.copy_folder(f"{folder}/train", f"{folder}/copy")
+    storage.remove_folder(f"{folder}/train")
+    assert storage.folders(folder) == ["copy"] and storage.read_json(f"{folder}/copy/b.json") == 2
 
 
 def test_fingerprint_changes_with_the_file_and_digest_with_its_content(folder):
