@@ -216,7 +216,7 @@ class _Host:
 
 def _tables(encoding: ray.actor.ActorHandle) -> "Tables":
     """The tables that an actor gives to this rank, of which the next one is always asked for; None while it waits."""
-    coming = encoding.next.remote()
+    coming: ray.ObjectRef = encoding.next.remote()
     while True:
         if not ray.wait([coming], timeout=NOTHING_YET_S)[0]:
             yield None
