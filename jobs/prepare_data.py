@@ -7,11 +7,10 @@ A run with a corpus of its own (`corpus` in the configuration) makes it first an
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 from jobs.config import Config, job, parse, parser
+from jobs.corpus import own_corpus
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
 
         note = storage.join(config.run_dir, "data", "funnel.json")
         before = storage.read_json(note) if storage.exists(note) else None
-        with _corpus(config):
+        with own_corpus(config):
             prepare(config.run_dir, config.data, config.model.vae, config.seed)
         if (funnel := storage.read_json(note)) != before:
             _record(config, funnel)
@@ -48,21 +47,6 @@ def _look(config: Config, again: bool) -> None:
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-@contextmanager
-def _corpus(config: Config) -> Iterator[None]:
-    if config.corpus is None:
-        yield
-        return
-    from pipelines.corpus import corpus_port, write_corpus
-    from pipelines.web import serve
-
-    folder = f"{config.run_dir}/corpus"
-    with serve(folder, corpus_port(folder)) as base_url:
-        print(f"[prepare_data] corpus in {folder}, served on {base_url}", flush=True)
-        write_corpus(folder, config.corpus, base_url)
-        yield
 
 
 def _record(config: Config, funnel: dict) -> None:

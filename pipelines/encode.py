@@ -1,4 +1,6 @@
-"""Ray Data's second stage: one shard's downloads -> frames -> latents, ledger and summary.
+"""Ray Data's second stage: one shard's downloads -> frames -> latents, and a ledger row for every row.
+
+`ShardEncoder` commits them with a summary, pipelines/online.py hands them to training.
 
 Decoded frames never leave the task; its decoders are processes of its own, each fed by a thread. They work ahead while
 the VAE has a batch, and a second shard of the same actor while the first one is unpacked or written.
@@ -40,6 +42,22 @@ class Decoded(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What became of a shard: its task and the seconds it took, its rows in the ledger, and those that came through.
+
+    `looks` are tiles of the first shard's frames, `seen` the hashes by which near duplicates are known.
+    """
+
+    task: dict
+    info: LatentInfo
+    entries: list[Entry]
+    rows: shards.Rows
+    looks: list[np.ndarray]
+    seen: Seen
+    seconds: float
+
+
+@dataclass(frozen=True)
 class _Row:
     """A row that came through: mean and logvar are fp16 [c, f, h, w]."""
 
@@ -52,17 +70,57 @@ class _Row:
 
 
 class ShardEncoder:
-    """Holds the VAE and makes one shard a call: latents are committed first, then the ledger, the summary last.
+    """Makes one shard a call: latents are committed first, then the ledger, the summary last."""
+
+    def __init__(self, data_dir: str, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
+        self.data_dir, self.data = data_dir, data
+        self.media = MediaEncoder(data, vae_path, encoder, seed)
+        self.meters = Meters()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row, a shard with its downloads (pipelines/prepare.py) -> one row, what became of it."""
+        made = self.media.encode(batch)
+        self._commit(made)
+        ok = sum(entry.status == "ok" for entry in made.entries)
+        return pa.table({"stream": [made.task["stream"]], "rows": [len(made.entries)], "ok": [ok]})
+
+    def _commit(self, made: Encoded) -> None:
+        name, stream, rows = made.task["name"], made.task["stream"], made.rows
+        if self.data.filters.duplicate_bits is not None:
+            write_hashes(hashes_path(self.data_dir, stream, name), made.seen)
+        if made.looks:
+            write_sheet(sheet_path(self.data_dir, stream), made.looks[: ACROSS * DOWN])
+        path = storage.join(self.data_dir, "latents", stream, f"{name}.parquet")
+        shard = shards.write_shard(path, made.info, **vars(rows))
+        write_ledger(storage.join(self.data_dir, "ledger", stream, f"{name}.parquet"), made.entries)
+        took = {"fetch": made.task["fetch_s"], "encode": made.seconds}
+        summary = {
+            "rows": len(made.entries),
+            "status": Counter(entry.status for entry in made.entries),
+            "samples": len(rows),
+            "row_groups": shard.row_groups,
+            "digest": shards.digest_rows(rows),
+            "info": asdict(made.info),
+            "bytes": sum(entry.bytes for entry in made.entries),
+            "seconds": took,
+            "ended": time.time(),
+        }
+        storage.write_json(storage.join(self.data_dir, "done", stream, f"{name}.json"), summary)
+        self.meters.shard(stream, made.entries, len(rows) * made.info.frames, took)
+
+
+class MediaEncoder:
+    """Holds the VAE and the decoders, and encodes one shard a call.
 
     Several threads may call it, which share its decoders; the VAE has one batch at a time.
     """
 
-    def __init__(self, data_dir: str, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
+    def __init__(self, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
         import torch
 
         from t2v.frozen import load_vae
 
-        self.data_dir, self.data, self.seed = data_dir, data, seed
+        self.data, self.seed = data, seed
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.vae = load_vae(vae_path, device, chunk_frames=data.encode.batch_frames)
         if self.vae.id != encoder:
@@ -72,11 +130,10 @@ class ShardEncoder:
         self.vae_is_free = Lock()
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
-        self.meters = Meters()
         self.selection = Selection(data, Decoders(data.decode), device)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One row, a shard with its downloads (pipelines/prepare.py) -> one row, what became of it."""
+    def encode(self, batch: pa.Table) -> Encoded:
+        """One row, a shard with its downloads (pipelines/prepare.py) -> what became of it."""
         begun = time.monotonic()
         (task,) = batch.drop_columns(["downloads"]).to_pylist()
         downloads = pa.ipc.open_stream(batch.column("downloads")[0].as_buffer()).read_all()
@@ -104,15 +161,18 @@ class ShardEncoder:
 
         if len(entries) != task["rows"]:
             raise RuntimeError(f"shard {task['name']}: {task['rows']} rows in, {len(entries)} in its ledger")
-        shape = (self.channels, frames, self.height, self.width)
-        if self.data.filters.duplicate_bits is not None:
-            write_hashes(hashes_path(self.data_dir, task["stream"], task["name"]), seen)
-        if looks:
-            write_sheet(sheet_path(self.data_dir, task["stream"]), looks[: ACROSS * DOWN])
-        info = LatentInfo(task["stream"], shape, self.vae.id, self.vae.scale, task["data_hash"])
-        self._commit(task, info, entries, kept, time.monotonic() - begun)
+        info = LatentInfo(
+            task["stream"],
+            (self.channels, frames, self.height, self.width),
+            self.vae.id,
+            self.vae.scale,
+            task["data_hash"],
+        )
         ok = sum(entry.status == "ok" for entry in entries)
-        return pa.table({"stream": [task["stream"]], "rows": [len(entries)], "ok": [ok]})
+        if not ok <= len(kept) <= ok * self.data.windows:
+            raise RuntimeError(f"shard {task['name']}: {ok} rows are ok, but there are {len(kept)} latents")
+        rows = _rows_of(kept, info, self.data.keep_variance)
+        return Encoded(task, info, entries, rows, looks, seen, time.monotonic() - begun)
 
     def _decode(self, stream: str, row: dict) -> Decoded:
         body, caption = row["body"], row["caption"]
@@ -145,39 +205,19 @@ class ShardEncoder:
             for index, (row_id, caption, clip) in enumerate(clips)
         ]
 
-    def _commit(self, task: dict, info: LatentInfo, entries: list[Entry], kept: list[_Row], seconds: float) -> None:
-        def stacked(latents: list[np.ndarray]) -> np.ndarray:
-            return np.stack(latents) if latents else np.empty((0, *info.shape), info.dtype)
 
-        name, stream = task["name"], task["stream"]
-        status = Counter(entry.status for entry in entries)
-        if not status["ok"] <= len(kept) <= status["ok"] * self.data.windows:
-            raise RuntimeError(f"shard {name}: {status['ok']} rows are ok, but there are {len(kept)} latents")
-        rows = shards.Rows(
-            row_id=[row.row_id for row in kept],
-            caption=[row.caption for row in kept],
-            mean=stacked([row.mean for row in kept]),
-            logvar=stacked([row.logvar for row in kept]) if self.data.keep_variance else None,
-            fps=np.array([row.fps for row in kept], np.float32),
-            start_s=np.array([row.start_s for row in kept], np.float32),
-        )
-        path = storage.join(self.data_dir, "latents", stream, f"{name}.parquet")
-        shard = shards.write_shard(path, info, **vars(rows))
-        write_ledger(storage.join(self.data_dir, "ledger", stream, f"{name}.parquet"), entries)
-        took = {"fetch": task["fetch_s"], "encode": seconds}
-        summary = {
-            "rows": len(entries),
-            "status": status,
-            "samples": len(kept),
-            "row_groups": shard.row_groups,
-            "digest": shards.digest_rows(rows),
-            "info": asdict(info),
-            "bytes": sum(entry.bytes for entry in entries),
-            "seconds": took,
-            "ended": time.time(),
-        }
-        storage.write_json(storage.join(self.data_dir, "done", stream, f"{name}.json"), summary)
-        self.meters.shard(stream, entries, len(kept) * info.frames, took)
+def _rows_of(kept: list[_Row], info: LatentInfo, keep_variance: bool) -> shards.Rows:
+    def stacked(latents: list[np.ndarray]) -> np.ndarray:
+        return np.stack(latents) if latents else np.empty((0, *info.shape), info.dtype)
+
+    return shards.Rows(
+        row_id=[row.row_id for row in kept],
+        caption=[row.caption for row in kept],
+        mean=stacked([row.mean for row in kept]),
+        logvar=stacked([row.logvar for row in kept]) if keep_variance else None,
+        fps=np.array([row.fps for row in kept], np.float32),
+        start_s=np.array([row.start_s for row in kept], np.float32),
+    )
 
 
 def _rows(downloads: pa.Table) -> Iterator[dict]:

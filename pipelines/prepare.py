@@ -49,8 +49,17 @@ class StreamPlan:
 
     @property
     def names(self) -> list[str]:
-        digests = (digest_of([one, self.data_hash], digits=12) for one in self.manifest.shards["digest"].to_pylist())
-        return [f"{index:06d}-{digest}" for index, digest in enumerate(digests)]
+        return [self._name(index, rows) for index, rows in enumerate(self.manifest.shards["digest"].to_pylist())]
+
+    def task(self, index: int) -> dict:
+        """What the stages are told of one shard."""
+        shard = self.manifest.shards.slice(index, 1).to_pylist()[0]
+        whole = {"stream": self.stream, "data_hash": self.data_hash}
+        whole |= {"manifest": self.manifest.path, "source": self.manifest.source}
+        return {"name": self._name(index, shard["digest"]), "index": index, "rows": shard["rows"]} | whole
+
+    def _name(self, index: int, rows_digest: str) -> str:
+        return f"{index:06d}-{digest_of([rows_digest, self.data_hash], digits=12)}"
 
     def tasks(self, data_dir: str, done: bool) -> pa.Table:
         """What the stages are told of each shard that has a summary, or has none yet: one row a shard."""
@@ -76,7 +85,10 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
 
         check_filters(data.filters)
     data_dir = storage.join(storage.absolute(run_dir), "data")
-    plans = _plans(data_dir, data, encoder, seed)
+    plans = plan_streams(data_dir, data, encoder, seed)
+    if not plans:
+        raise ValueError("data.videos.manifest and data.images.manifest are both unset: nothing to prepare")
+    storage.write_json(storage.join(data_dir, "plan.json"), {plan.stream: plan.data_hash for plan in plans})
     tasks = pa.concat_tables([plan.tasks(data_dir, done=False) for plan in plans]).unify_dictionaries()
     total = sum(plan.manifest.shards.num_rows for plan in plans)
     print(f"[prepare_data] {total - len(tasks)}/{total} shards are done already", flush=True)
@@ -199,7 +211,8 @@ def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterat
         yield from summaries.to_pylist()  # type: ignore[union-attr]
 
 
-def _plans(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[StreamPlan]:
+def plan_streams(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[StreamPlan]:
+    """The plans of the streams that have a manifest, which is normalised if it is not yet."""
     inputs: list[tuple[Stream, StreamConfig]] = [("videos", data.videos), ("images", data.images)]
     plans = []
     for stream, config in inputs:
@@ -207,9 +220,6 @@ def _plans(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[Str
             path = storage.join(data_dir, "manifest", stream)
             manifest = normalise(config, path)
             plans.append(StreamPlan(stream, manifest, _settings_hash(stream, data, encoder, seed)))
-    if not plans:
-        raise ValueError("data.videos.manifest and data.images.manifest are both unset: nothing to prepare")
-    storage.write_json(storage.join(data_dir, "plan.json"), {plan.stream: plan.data_hash for plan in plans})
     return plans
 
 

@@ -73,10 +73,17 @@ def _workers(job: TrainJob, resources: Resources) -> list[str]:
         if workers * each > resources.get(kind, 0):
             key = "train.workers" if train.min_workers is None else "train.min_workers"
             raise ValueError(
-                f"{key}: {workers} workers of train.{kind.lower()}s_per_worker {each} need {workers * each} {kind}s, "
-                f"the cluster has {resources.get(kind, 0):g}; add nodes, or set fewer workers"
+                f"{key}: {workers} workers of train.{kind.lower()}s_per_worker {each:g} need {workers * each:g} "
+                f"{kind}s, the cluster has {resources.get(kind, 0):g}; add nodes, or set fewer workers"
             )
-    return [f"{train.workers} workers of {train.gpus_per_worker} GPUs and {train.cpus_per_worker} CPUs"]
+        beside = sum(source.needs.get(kind, 0) for source in (job.raw or {}).values())
+        if workers * each + beside > resources.get(kind, 0) + 1e-6:
+            raise ValueError(
+                f"train.feed: online needs {beside:g} {kind}s for a download (data.fetch) and an encoder (data.encode) "
+                f"of each stream, beside {workers} workers of train.{kind.lower()}s_per_worker {each:g}; the cluster "
+                f"has {resources.get(kind, 0):g}; add nodes, or set fewer"
+            )
+    return [f"{train.workers} workers of {train.gpus_per_worker:g} GPUs and {train.cpus_per_worker} CPUs"]
 
 
 def _shards(job: TrainJob, resources: Resources) -> list[str]:
@@ -87,12 +94,13 @@ def _shards(job: TrainJob, resources: Resources) -> list[str]:
     if text != "random" and not storage.exists(text):
         raise FileNotFoundError(f"model.text.weights: there is no file or folder {text}")
     lines = []
-    for stream, shards in job.inventory().items():
-        rows = sum(shard.rows for shard in shards) - job.train.held_out_rows
+    for stream, source in job.sources().items():
+        rows = source.rows - job.train.held_out_rows
         if rows < 1:
             raise ValueError(f"train.held_out_rows: {job.train.held_out_rows} are all {stream} that there are")
         seen = job.samples // job.step.total * job.step.samples[stream]
-        lines.append(f"{rows:,} {stream} to train on in {len(shards):,} shards, each seen {seen / rows:.3g} times")
+        of = "raw shards: at the least" if job.raw else "shards,"
+        lines.append(f"{rows:,} {stream} to train on in {source.shards:,} {of} each seen {seen / rows:.3g} times")
     return lines
 
 

@@ -146,6 +146,9 @@ class TrainConfig:
     finite gradient in a row end the run; so do `max_failures` of workers. Ranks that take no step for `hang_s` are
     ended and started anew.
 
+    `feed: online` trains without latents: raw shards are downloaded and encoded meanwhile, by `data.fetch` and
+    `data.encode` workers, whose GPUs may be parts of the ranks' own (`gpus_per_worker: 0.9` here, 0.1 there).
+
     Of each stream, rows are shuffled within windows of `shuffle_rows`, which the ranks together hold in memory twice,
     and `held_out_rows` are kept from training. A shard that is missing or corrupt ends the run, unless other rows are
     to take its place (`bad_shards: skip`).
@@ -153,7 +156,7 @@ class TrainConfig:
 
     workers: int = 80
     min_workers: int | None = None
-    gpus_per_worker: int = 1
+    gpus_per_worker: float = 1
     cpus_per_worker: int = 8
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -177,6 +180,7 @@ class TrainConfig:
     hang_s: float = 900.0
     shuffle_rows: int = 20_000
     held_out_rows: int = 0
+    feed: Literal["latents", "online"] = "latents"
     bad_shards: Literal["stop", "skip"] = "stop"
     mix: MixConfig = field(default_factory=MixConfig)
 
@@ -190,6 +194,13 @@ class TrainConfig:
         finite(self, "learning_rate", "weight_decay")
         if (self.min_workers or 0) > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than workers ({self.workers})")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"gpus_per_worker: {self.gpus_per_worker} is neither whole nor a part of one GPU")
+        if self.feed == "online" and self.held_out_rows:
+            raise ValueError(
+                f"held_out_rows: {self.held_out_rows} rows are to be kept as latents, but with feed online there are "
+                "none; set held_out_rows to 0, or feed to latents"
+            )
         if self.precision != "fp32" and self.zero_stage == 0:
             raise ValueError(
                 f"precision: {self.precision} needs ZeRO, which keeps fp32 weights; set zero_stage to 1, 2 or 3"

@@ -1,4 +1,4 @@
-"""Latent shards -> batches, in the exact order of t2v/order.py, read ahead by threads.
+"""Latent shards -> batches, in the exact order of t2v/order.py, read ahead by threads; t2v/online.py does without both.
 
 b samples, c channels, f frames, h w latent size (pixels / 8).
 """
@@ -36,6 +36,7 @@ class Batch:
 
     `sample` [b] numbers the samples of the stream since the start of training: it keys their random numbers, `draw`.
     `mean` and `logvar` are the unscaled VAE posterior, fp16 [b, c, f, h, w]; `logvar` is None where shards keep none.
+    `raw_shard` is the furthest raw shard that a row is of, where there are no latents (t2v/online.py).
     """
 
     slot: Slot
@@ -44,25 +45,21 @@ class Batch:
     mean: torch.Tensor
     logvar: torch.Tensor | None
     draw: Draw
+    raw_shard: int = -1
 
 
-class Feed:
-    """Iterates over the steps of one rank from `first_step` on; each is an iterator of its batches, one a slot.
+class ReadAhead:
+    """Iterates over the steps of one rank, each an iterator of its batches, which a thread makes ahead.
 
     A step's first batch can be trained on before its last is read; all are to be taken before the next step is.
-    `waited_s` adds up the time for which the trainer had to wait for data. Errors of reading are raised where the
-    batch is taken, those of the list of shards here.
+    `waited_s` adds up the time for which the trainer had to wait for data. Errors are raised where the batch is taken.
+    `begun` tells how many raw shards of each stream have been begun, if there are any (t2v/online.py).
     """
 
-    def __init__(
-        self, job: TrainJob, rank: int, world: int, first_step: int, draw: DrawSamples, pin: bool = False
-    ) -> None:
+    def __init__(self, batches: Iterator[Batch], of_step: int) -> None:
         self.waited_s = 0.0
-        self._job, self._step, self._slots = job, job.step, job.step.of_rank(rank, world)
-        self._first, self._draw, self._pin = first_step, draw, pin
-        self._epochs = {stream: Epochs(job, stream) for stream in STREAMS}
-        self._reader = Reader(job, rank)
-        self._readers = ThreadPoolExecutor(READERS, "reader")
+        self.begun: dict[Stream, int] = {}
+        self._batches, self._of_step = batches, of_step
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(BATCHES_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
@@ -70,13 +67,12 @@ class Feed:
 
     def __iter__(self) -> Iterator[Iterator[Batch]]:
         while (first := self._take()) is not None:
-            yield chain([first], islice(iter(self._take, None), len(self._slots) - 1))
+            yield chain([first], islice(iter(self._take, None), self._of_step - 1))
 
     def close(self) -> None:
         """Ends the feed and its threads, and waits for them: an interpreter that exits while they read would abort."""
         self._stop.set()
         self._thread.join()
-        self._readers.shutdown(cancel_futures=True)
 
     def _take(self) -> Batch | None:
         """The next batch; None once the feed is closed."""
@@ -91,12 +87,10 @@ class Feed:
 
     def _read_ahead(self) -> None:
         try:
-            lanes = {(part.stream, part.lane): self._rows(part) for part in self._lane_parts()}
-            for step in count(self._first):
-                for slot in self._slots:
-                    self._put(self._batch(step, slot, lanes))
-                    if self._stop.is_set():
-                        return
+            for batch in self._batches:
+                self._put(batch)
+                if self._stop.is_set():
+                    return
         except BaseException as error:  # whatever it was, the trainer raises it
             self._put(error)
 
@@ -107,12 +101,36 @@ class Feed:
             except queue.Full:
                 continue
 
+
+class Feed(ReadAhead):
+    """The steps of one rank from `first_step` on, out of latent shards; raises errors of their list itself."""
+
+    def __init__(
+        self, job: TrainJob, rank: int, world: int, first_step: int, draw: DrawSamples, pin: bool = False
+    ) -> None:
+        self._job, self._step, self._slots = job, job.step, job.step.of_rank(rank, world)
+        self._first, self._draw, self._pin = first_step, draw, pin
+        self._epochs = {stream: Epochs(job, stream) for stream in STREAMS}
+        self._reader = Reader(job, rank)
+        self._readers = ThreadPoolExecutor(READERS, "reader")
+        super().__init__(self._all_batches(), len(self._slots))
+
+    def close(self) -> None:
+        super().close()
+        self._readers.shutdown(cancel_futures=True)
+
+    def _all_batches(self) -> Iterator[Batch]:
+        lanes = {(part.stream, part.lane): self._rows(part) for part in self._lane_parts()}
+        for step in count(self._first):
+            for slot in self._slots:
+                yield self._batch(step, slot, lanes)
+
     def _batch(self, step: int, slot: Slot, lanes: dict[tuple[Stream, int], Iterator[tuple[Rows, int]]]) -> Batch:
         taken: list[tuple[Rows, int]] = []
         for part in self._step.lane_parts(slot):
             taken += islice(lanes[part.stream, part.lane], part.end - part.first)
         first = step * self._step.samples[slot.stream] + slot.first
-        return _batch(slot, first, taken, self._draw, f"{self._job.seed} {slot.stream}", self._pin)
+        return make_batch(slot, first, taken, self._draw, f"{self._job.seed} {slot.stream}", self._pin)
 
     def _lane_parts(self) -> list[LanePart]:
         """What this rank takes of each lane in a step; its slots of one lane follow each other."""
@@ -155,10 +173,10 @@ def held_out_batches(job: TrainJob, stream: Stream, size: int, draw: DrawSamples
     rows = ((rows, row) for rows in map(read_group, held) for row in range(len(rows)))
     for first in range(0, total, size):
         slot = Slot(stream, first, min(size, total - first), min(size, total - first) / total)
-        yield _batch(slot, first, list(islice(rows, slot.count)), draw, f"{job.seed} {stream} held out")
+        yield make_batch(slot, first, list(islice(rows, slot.count)), draw, f"{job.seed} {stream} held out")
 
 
-def _batch(
+def make_batch(
     slot: Slot, first: int, taken: list[tuple[Rows, int]], draw: DrawSamples, seed: str, pin: bool = False
 ) -> Batch:
     """Copies rows into a batch whose samples are numbered from `first`."""

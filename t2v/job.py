@@ -1,19 +1,36 @@
 """What a training run is, and whether its data fit it; light, so that a mistake is told before torch is loaded."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from t2v import shards, storage
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, Stream, TrainConfig
 from t2v.mix import Step, plan_step
-from t2v.shards import Shard
+from t2v.shards import LatentInfo, Shard
 
 STREAMS: tuple[Stream, ...] = ("images", "videos")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a stream come from: `shards` in a folder, of latents or, with `train.feed: online`, raw.
+
+    `digest` stands for all `rows`. Raw ones tell the first captions, and what a cluster needs for them beside the
+    ranks, as CPU and GPU.
+    """
+
+    info: LatentInfo
+    path: str
+    digest: str
+    rows: int
+    shards: int
+    captions: tuple[str, ...] = ()
+    needs: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class TrainJob:
-    """All that a training run depends on."""
+    """All that a training run depends on; `raw` is there with `train.feed: online` alone."""
 
     run_dir: str
     seed: int
@@ -23,6 +40,7 @@ class TrainJob:
     diffusion: DiffusionConfig
     train: TrainConfig
     sample: SampleConfig
+    raw: dict[Stream, Source] | None = None
 
     @property
     def step(self) -> Step:
@@ -60,21 +78,34 @@ class TrainJob:
         """Whether there is no checkpoint yet, not even a half-written one."""
         return not any(name.startswith("checkpoint_") for name in storage.folders(storage.join(self.run_dir, "train")))
 
-    def inventory(self) -> dict[Stream, list[Shard]]:
-        """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""
+    def sources(self) -> dict[Stream, Source]:
+        """What both streams train on; ValueError if they, the model and the number of workers do not go together."""
         self.step.of_rank(0, self.train.workers)
         start = self.model.start
         if start is not None and self.is_fresh and not storage.exists(start):
             raise FileNotFoundError(f"model.start: there is no file or folder {start}")
-        found = {
-            stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS
-        }
+        found = self.raw or {stream: self._latents(stream) for stream in STREAMS}
         encoder = shards.encoder_id(self.model.vae)
         for stream in STREAMS:
-            info = found[stream][0].info
+            info = found[stream].info
             wanted = (self.model.unet.channels, self.frames_of(stream), self.size // 8, self.size // 8)
             if info.shape != wanted:
                 raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
             if info.encoder != encoder:
                 raise ValueError(f"{stream}: shards were encoded by VAE {info.encoder}, but model.vae is {encoder}")
         return found
+
+    def latent_shards(self, stream: Stream) -> list[Shard]:
+        """What jobs/prepare_data.py has made of a stream."""
+        return shards.list_shards(storage.join(self.run_dir, "data", "latents", stream))
+
+    def _latents(self, stream: Stream) -> Source:
+        found = self.latent_shards(stream)
+        rows, folder = sum(shard.rows for shard in found), storage.join(self.run_dir, "data", "latents", stream)
+        return Source(found[0].info, folder, shards.digest_shards(found), rows, len(found))
+
+    def prompts(self) -> list[str]:
+        """A few captions of videos, for the samples along the way."""
+        if self.raw:
+            return list(self.raw["videos"].captions)
+        return shards.read_rows(self.latent_shards("videos")[0].path, 0).caption[:8]

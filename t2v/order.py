@@ -62,3 +62,14 @@ def lane_windows(
             shuffled = generator(seed, stream, "rows", epoch, lane, first).permutation(len(places))[skip:]
             skip = 0
             yield Window(epoch, order[first:end], [places[i] for i in shuffled])
+
+
+def shard_order(seed: int, stream: str, shards: int, begun: int) -> Iterator[tuple[int, int]]:
+    """Raw shards for training without latents, `begun` of them left out: (number in the endless order, which shard).
+
+    Every shard is there once an epoch, and each epoch has an order of its own.
+    """
+    for epoch in count(begun // shards):
+        order = generator(seed, stream, "raw shards", epoch).permutation(shards)
+        for place in range(max(0, begun - epoch * shards), shards):
+            yield epoch * shards + place, int(order[place])

@@ -137,12 +137,8 @@ def write_shard(
     `mean` and `logvar` are fp16 [n, c, f, h, w]; `fps` and `start_s` tell the source's frame rate and where in
     it the clip begins (0 for pictures). ValueError if an array's shape or type is not the one of `info`.
     """
-    schema = latent_schema(info, keep_variance=logvar is not None)
-    columns = {"row_id": list(row_id), "caption": list(caption), "fps": list(fps), "start_s": list(start_s)}
-    columns["mean"] = _packed(path, "mean", mean, info, len(row_id))
-    if logvar is not None:
-        columns["logvar"] = _packed(path, "logvar", logvar, info, len(row_id))
-    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    rows = Rows(list(row_id), list(caption), mean, logvar, np.asarray(fps), np.asarray(start_s))
+    table = rows_table(path, info, rows)
     with storage.open_atomic(path) as file:
         # Neither dictionaries nor statistics: both would copy whole latents into places that nobody reads.
         pq.write_table(
@@ -156,6 +152,15 @@ def write_shard(
         )
     full, rest = divmod(len(row_id), rows_per_group)
     return Shard(path, (rows_per_group,) * full + ((rest,) if rest else ()), info)
+
+
+def rows_table(name: str, info: LatentInfo, rows: Rows) -> pa.Table:
+    """Rows as a table of a shard's schema; ValueError, which begins with `name`, if their latents are not of `info`."""
+    schema = latent_schema(info, keep_variance=rows.logvar is not None)
+    columns = dict(vars(rows)) | {"mean": _packed(name, "mean", rows.mean, info, len(rows))}
+    if rows.logvar is not None:
+        columns["logvar"] = _packed(name, "logvar", rows.logvar, info, len(rows))
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def open_shard(path: str, verify: bool = True) -> ShardFile:
@@ -179,14 +184,14 @@ def read_rows(shard: str | ShardFile, group: int) -> Rows:
     OSError or ValueError if there is no such group, or if what is read does not agree with its checksum.
     """
     shard = open_shard(shard) if isinstance(shard, str) else shard
-    return _rows(shard.parquet.read_row_group(group), shard.info)
+    return table_rows(shard.parquet.read_row_group(group), shard.info)
 
 
 def read_shard(path: str) -> Rows:
     """Read a whole shard; its latents are copied."""
     shard = open_shard(path)
     table = shard.parquet.read().combine_chunks()
-    return _rows(table, shard.info)
+    return table_rows(table, shard.info)
 
 
 def digest_rows(rows: Rows) -> str:
@@ -271,7 +276,8 @@ def info_from_json(value: dict) -> LatentInfo:
     )
 
 
-def _rows(table: pa.Table, info: LatentInfo) -> Rows:
+def table_rows(table: pa.Table, info: LatentInfo) -> Rows:
+    """The rows of such a table; their latents are views of Arrow's buffers where a column is in one piece."""
     has_variance = "logvar" in table.column_names
     return Rows(
         row_id=table.column("row_id").to_pylist(),

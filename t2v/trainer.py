@@ -8,7 +8,7 @@ b samples.
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -20,16 +20,16 @@ from torch import Tensor
 from t2v import frozen, storage
 from t2v.cards import mfu
 from t2v.checkpoint import CheckpointError
-from t2v.config import TrainConfig
+from t2v.config import Stream, TrainConfig
 from t2v.diffusion import Diffusion
 from t2v.engine import Engine, Staged
-from t2v.feed import Batch, Feed
+from t2v.feed import Batch, Feed, ReadAhead
 from t2v.job import STREAMS, TrainJob
 from t2v.losses import BUCKETS, add_losses, batch_losses, losses_of
+from t2v.online import OnlineFeed, Tables
 from t2v.order import generator
 from t2v.plan import sample_flops
 from t2v.published import start_weights
-from t2v.shards import digest_shards
 from t2v.unet import UNet
 
 LOOK_S = 5.0  # between two looks for a machine that is about to be taken away
@@ -40,6 +40,9 @@ class Host(Protocol):
 
     def report(self, staged: Staged, samples: int, milestone: bool) -> None:
         """Has a checkpoint written in the background, by every rank its share."""
+
+    def tables(self, begun: Mapping[Stream, int]) -> Mapping[Stream, Tables]:
+        """With `train.feed: online`, both streams from so many raw shards on; all ranks ask at once."""
 
     def observe(self, line: dict[str, float]) -> None:
         """Takes the numbers of a line of the log, on rank 0."""
@@ -80,7 +83,7 @@ class Trainer:
     def __init__(self, job: TrainJob, rank: int, world: int, checkpoints: Sequence[str], host: Host) -> None:
         self.job, self.step, self.rank, self.world, self.host = job, job.step, rank, world, host
         self.slots = self.step.of_rank(rank, world)
-        self.inventory = job.inventory()
+        self.sources = job.sources()
         torch.manual_seed(job.seed)
         unet = UNet(job.model.unet)
         if job.model.start and (not checkpoints or job.train.trained != "all"):
@@ -90,6 +93,7 @@ class Trainer:
         self.diffusion = Diffusion(job.diffusion)
         state = self._resume(checkpoints)
         self.samples, self.skipped_steps = state["samples"], state["skipped_steps"]
+        self.raw_begun: dict[Stream, int] = dict.fromkeys(STREAMS, 0) | state.get("raw_begun", {})
         self.checkpointed = self.samples
         self.skipped_in_a_row = 0
         self.staged: Staged | None = None  # the last checkpoint, perhaps still on its way
@@ -105,11 +109,9 @@ class Trainer:
             self.restarts = _count_start(job, self.samples, world)
             self.rank_flops = sum(self.step.work(world, sample_flops(job))) / world  # of a step
             self.record = Record(job.run_dir, "train", asdict(job))
-            for stream, found in self.inventory.items():
-                folder = storage.join(job.run_dir, "data", "latents", stream)
-                self.record.dataset(
-                    f"{stream} latents", folder, digest_shards(found), sum(shard.rows for shard in found)
-                )
+            for stream, source in self.sources.items():
+                name = f"{stream} manifest" if job.raw else f"{stream} latents"
+                self.record.dataset(name, source.path, source.digest, source.rows)
 
     def run(self) -> None:
         """Trains until `job.samples`, or until a rank is asked to stop; either way its last step is in a checkpoint.
@@ -118,15 +120,7 @@ class Trainer:
         """
         if self.record:
             print(f"[train] {self.samples:,}/{self.job.samples:,} samples at the start", flush=True)
-        feed = Feed(
-            self.job,
-            self.rank,
-            self.world,
-            first_step=self.samples // self.step.total,
-            draw=self.diffusion.draw,
-            pin=self.engine.device.type == "cuda",
-        )
-        with closing(feed):
+        with closing(self._feed()) as feed:
             self._train(feed)
         if self.staged:
             self.staged.written.wait()
@@ -150,7 +144,17 @@ class Trainer:
             )
         return {"samples": 0, "skipped_steps": 0}
 
-    def _train(self, feed: Feed) -> None:
+    def _feed(self) -> ReadAhead:
+        place, pin = (
+            (self.job, self.rank, self.world, self.samples // self.step.total),
+            self.engine.device.type == "cuda",
+        )
+        if self.job.train.feed == "online":
+            tables = self.host.tables(self.raw_begun)
+            return OnlineFeed(*place, self.diffusion.draw, tables, self.raw_begun, pin)
+        return Feed(*place, self.diffusion.draw, pin)
+
+    def _train(self, feed: ReadAhead) -> None:
         self._begin_interval(feed)
         every = self.job.train.checkpoint_every_samples
         warned, steps = False, iter(feed)
@@ -166,7 +170,7 @@ class Trainer:
             if due:
                 if self.record:
                     storage.write_lines(self.job.log_path, self.lines)
-                self._checkpoint()
+                self._checkpoint(feed)
                 self._begin_interval(feed)
             if wants_stop:
                 return
@@ -223,14 +227,14 @@ class Trainer:
         """Losses of one slot's samples [b], and their timesteps [b]."""
         dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
-        scale, engine = self.inventory[batch.slot.stream][0].info.scale, self.engine
+        scale, engine = self.sources[batch.slot.stream].info.scale, self.engine
         return batch_losses(engine.unet, batch, scale, self.diffusion, self.text, engine.device, engine.dtype)
 
-    def _begin_interval(self, feed: Feed) -> None:
+    def _begin_interval(self, feed: ReadAhead) -> None:
         self.tallies.clear()
         self.begun, self.waited_s = time.monotonic(), feed.waited_s
 
-    def _log(self, feed: Feed) -> None:
+    def _log(self, feed: ReadAhead) -> None:
         """One line of what happened since the last one; the same numbers go to MLflow and train/log.jsonl."""
         if self.record:
             seconds = time.monotonic() - self.begun
@@ -283,18 +287,26 @@ class Trainer:
             storage.write_lines(self.job.log_path, self.lines)
             self.next_write = begun + 100 * (time.monotonic() - begun)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, feed: ReadAhead) -> None:
         """Starts the writing of a checkpoint, once the one before, whose memory it uses again, is written."""
         begun = time.monotonic()
         if self.staged:
             self.staged.written.wait()
         state = {"samples": self.samples, "skipped_steps": self.skipped_steps, "job": asdict(self.job)}
+        if self.job.raw:
+            state["raw_begun"] = self._furthest(feed.begun)
         self.staged = self.engine.stage(state)
         train = self.job.train
         milestone = _crossed(self.samples, self.samples - self.checkpointed, train.milestone_every_samples)
         self.host.report(self.staged, self.samples, milestone or self.samples == self.job.samples)
         self.checkpointed = self.samples
         self.stall_s = time.monotonic() - begun
+
+    def _furthest(self, begun: Mapping[Stream, int]) -> dict[Stream, int]:
+        """The raw shards that any rank has begun."""
+        counts = torch.tensor([begun[stream] for stream in STREAMS], device=self.engine.device)
+        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+        return dict(zip(STREAMS, counts.tolist(), strict=True))
 
 
 def _crossed(samples: int, before: int, every: int) -> bool:

@@ -39,11 +39,11 @@ def held_out_losses(job: TrainJob) -> dict[str, float]:
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.float16 if on_gpu else torch.float32
     unet = read_unet(job.model_folder).to(device, dtype).requires_grad_(False)
     text = load_text(TextConfig(weights=job.model_folder, skip_layers=0), device)
-    diffusion, inventory = Diffusion(job.diffusion), job.inventory()
+    diffusion, sources = Diffusion(job.diffusion), job.sources()
     tally = torch.zeros(len(STREAMS) * BUCKETS, 2, device=device)
     for stream in STREAMS:
         size = max(1, job.train.mix.frames_per_slot // job.frames_of(stream) // 4)
-        scale = inventory[stream][0].info.scale
+        scale = sources[stream].info.scale
         for batch in held_out_batches(job, stream, size, diffusion.draw):
             losses, timesteps = batch_losses(unet, batch, scale, diffusion, text, device, dtype)
             add_losses(tally, stream, losses, timesteps, of=job.diffusion.timesteps)

@@ -5,7 +5,7 @@ import platform
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -32,9 +32,10 @@ from ray.train import (
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from t2v import shards, storage
+from t2v import storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
 from t2v.checks import check, cluster_resources
+from t2v.config import Stream
 from t2v.epochs import begin_anew
 from t2v.gauges import Gauges
 from t2v.job import TrainJob
@@ -43,16 +44,23 @@ from t2v.watch import Pulse, Watch
 
 if TYPE_CHECKING:
     from t2v.engine import Staged
+    from t2v.online import Tables
     from t2v.record import Record
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
 HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # the same data would meet them again
+NOTHING_YET_S = 0.5
 OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
+# Rank 0 calls it with the number of ranks and of raw shards begun: an actor a stream, whose `next()` gives references
+# to the tables that come next, to whichever rank asks.
+Encode = Callable[[TrainJob, int, Mapping[Stream, int]], dict[Stream, ray.actor.ActorHandle]]
 
 
-def fit(job: TrainJob, on_export: OnExport) -> None:
+def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> None:
     """Trains until `train.samples`, from the run folder's newest checkpoint if it has one.
+
+    `encode` starts what `train.feed: online` trains on, whenever ranks are started (pipelines/online.py).
 
     SIGTERM has all ranks write a checkpoint and end. ValueError if data, cluster and job do not go together
     (t2v/checks.py), the folder was begun with another model, order or batch, or another job trains in it; Diverged
@@ -67,9 +75,9 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
         start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
     _keep_identity(job)
     with _watched(job) as watch:
-        if job.is_fresh:
+        if job.is_fresh and not job.raw:
             begin_anew(job)
-        _supervise(job, watch, on_export)
+        _supervise(job, watch, on_export, encode)
     newest = newest_first(storage.join(job.run_dir, "train"))[0]
     samples = read_state(newest)["samples"]
     if samples < job.samples:
@@ -78,12 +86,12 @@ def fit(job: TrainJob, on_export: OnExport) -> None:
         _export(job, newest, samples)
 
 
-def _supervise(job: TrainJob, watch: Any, on_export: OnExport) -> None:
+def _supervise(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | None) -> None:
     """Runs Ray Train; what becomes of ranks is for it to see, and here what becomes of itself."""
     for failures in range(job.train.max_failures + 1):
         _mend_registry(job)
         try:
-            _trainer(job, watch, on_export).fit()
+            _trainer(job, watch, on_export, encode).fit()
             return
         except ControllerError as error:
             if isinstance(error.controller_failure, HOPELESS + (RuntimeError,)):
@@ -96,12 +104,12 @@ def _supervise(job: TrainJob, watch: Any, on_export: OnExport) -> None:
             time.sleep(_back_off_s(failures))
 
 
-def _trainer(job: TrainJob, watch: Any, on_export: OnExport) -> TorchTrainer:
+def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | None) -> TorchTrainer:
     train = job.train
     on_gpu = train.gpus_per_worker > 0
     return TorchTrainer(  # type: ignore[call-arg]  # a checker sees the trainer of Ray Train's first version
         _work,
-        train_loop_config={"job": job, "watch": watch},
+        train_loop_config={"job": job, "watch": watch, "encode": encode},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,  # type: ignore[arg-type]
@@ -141,7 +149,7 @@ def _work(settings: dict) -> None:
         torch.set_num_threads(job.train.cpus_per_worker)
     checkpoints = broadcast_from_rank_zero(_checkpoints(job) if rank == 0 else None)
     with closing(Pulse(settings["watch"], rank, world)) as pulse:
-        trainer = Trainer(job, rank, world, checkpoints, _Host(job, pulse))
+        trainer = Trainer(job, rank, world, checkpoints, _Host(job, pulse, settings["encode"]))
         status = "FAILED"
         try:
             with _node_metrics(job, trainer.record, context.get_local_rank()):
@@ -172,8 +180,9 @@ def _node_metrics(job: TrainJob, record: "Record | None", local_rank: int) -> It
 class _Host:
     """What surrounds a rank (t2v/trainer.py)."""
 
-    def __init__(self, job: TrainJob, pulse: Pulse) -> None:
-        self._job, self._pulse = job, pulse
+    def __init__(self, job: TrainJob, pulse: Pulse, encode: Encode | None) -> None:
+        self._job, self._pulse, self._encode = job, pulse, encode
+        self._encoding: Mapping[Stream, ray.actor.ActorHandle] = {}
         self.observe = Gauges().set
 
     def report(self, staged: "Staged", samples: int, milestone: bool) -> None:
@@ -193,6 +202,17 @@ class _Host:
             validation=ValidationTaskConfig({"samples": samples}) if milestone else False,
         )
 
+    def tables(self, begun: Mapping[Stream, int]) -> Mapping[Stream, "Tables"]:
+        """Has rank 0 start the encoders, which end with it.
+
+        Ray Train would split a dataset into as many rows for each rank, whether they need as many or not: one that
+        does not take its own would hold up another that waits, and all of them in their collectives.
+        """
+        context, encode = ray.train.get_context(), self._encode
+        own = encode(self._job, context.get_world_size(), begun) if encode and context.get_world_rank() == 0 else None
+        self._encoding = broadcast_from_rank_zero(own)
+        return {stream: _tables(encoding) for stream, encoding in self._encoding.items()}
+
     def beat(self, samples: int) -> None:
         self._pulse.samples = samples
 
@@ -201,6 +221,19 @@ class _Host:
 
     def is_preempted(self) -> bool:
         return ray.train.get_preemption_info() is not None
+
+
+def _tables(encoding: ray.actor.ActorHandle) -> "Tables":
+    """The tables that an actor gives to this rank, of which the next one is always asked for; None while it waits."""
+    coming: ray.ObjectRef = encoding.next.remote()
+    while True:
+        if not ray.wait([coming], timeout=NOTHING_YET_S)[0]:
+            yield None
+            continue
+        references = ray.get(coming)
+        coming = encoding.next.remote()
+        for reference in references:
+            yield ray.get(reference)
 
 
 class _Failures(UserCallback):
@@ -258,8 +291,7 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
     _export(job, folder, samples)
     if samples < job.samples:
         validation.keep(job, folder, samples)
-    prompts = shards.read_rows(job.inventory()["videos"][0].path, 0).caption[:8]
-    preview = on_export(job, prompts, samples)
+    preview = on_export(job, job.prompts(), samples)
     try:
         ray.get(preview, timeout=PREVIEW_GRACE_S)
     except GetTimeoutError:
@@ -339,8 +371,11 @@ def _keep_identity(job: TrainJob) -> None:
         "held_out_rows": job.train.held_out_rows,
         "diffusion": asdict(job.diffusion),
     }
+    if job.raw:  # whose shards have an order, and numbers in it
+        identity["raw"] = {stream: [source.digest, source.info.data_hash] for stream, source in job.raw.items()}
     if not storage.exists(path):
         storage.write_json(path, identity)
     elif (begun := storage.read_json(path)) != identity:
-        changed = ", ".join(f"{key} (was {begun.get(key)})" for key in identity if identity[key] != begun.get(key))
+        keys = [key for key in identity | begun if identity.get(key) != begun.get(key)]
+        changed = ", ".join(f"{key} (was {begun.get(key)})" for key in keys)
         raise ValueError(f"{job.run_dir}: its training was begun with another {changed}; choose another run_dir")

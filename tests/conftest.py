@@ -15,9 +15,9 @@ if not os.path.exists("/dev/nvidiactl"):  # without a GPU Triton's kernels are i
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray of two CPUs, started once."""
+    """A local Ray of three CPUs, started once: two for ranks, one for what encodes beside them."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)
     yield
     ray.shutdown()

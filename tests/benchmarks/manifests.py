@@ -148,7 +148,7 @@ def skip(manifest: str, vae: str, options: dict) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         data = data_config(manifest, 1, options)
-        (plan,) = prepare._plans(f"{folder}/data", data, encoder_id(vae), 0)
+        (plan,) = prepare.plan_streams(f"{folder}/data", data, encoder_id(vae), 0)
         done = Path(folder, "data/done/images")
         done.mkdir(parents=True)
         info = {

@@ -46,10 +46,10 @@ def by_ray(corpus: Path, run_dir: str) -> None:
 
 
 def by_pool(corpus: Path, run_dir: str) -> None:
-    from pipelines.prepare import _plans
+    from pipelines.prepare import plan_streams
 
     data, given = settings(corpus, run_dir)
-    plans = _plans(given["data_dir"], data, given["encoder"], 0)
+    plans = plan_streams(given["data_dir"], data, given["encoder"], 0)
     tasks = [task for plan in plans for task in plan.tasks(given["data_dir"], done=False).to_pylist()]
     with multiprocessing.get_context("spawn").Pool(2, _start, (given,)) as pool:
         for _ in pool.imap_unordered(_work, tasks):

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.config import DataConfig, EncodeConfig, StreamConfig
 from pipelines.encode import ShardEncoder, _in_order
-from pipelines.prepare import ShardFetcher, _plans, prepare
+from pipelines.prepare import ShardFetcher, plan_streams, prepare
 from t2v import storage
 from t2v.shards import encoder_id
 
@@ -28,7 +28,7 @@ def given(corpus, tiny_model, tmp_path_factory):
         images=StreamConfig(str(pictures), "generic", shard_rows=6),
         encode=EncodeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=2, batch_frames=4),
     )
-    (plan,) = _plans(data_dir, data, encoder_id(vae), SEED)
+    (plan,) = plan_streams(data_dir, data, encoder_id(vae), SEED)
     tasks = plan.tasks(data_dir, done=False).to_pylist()
     return {"data": data, "vae_path": vae, "encoder": encoder_id(vae), "seed": SEED}, data_dir, tasks
 
@@ -55,7 +55,7 @@ def test_shards_that_are_made_side_by_side_are_those_made_one_after_another(give
     with ThreadPoolExecutor(SHARDS) as pool:
         assert list(pool.map(at_once, batches)) == one_by_one
     for encoder in (alone, together):
-        encoder.selection._decoders.close()
+        encoder.media.selection._decoders.close()
     assert files(tmp_path / "together") == files(tmp_path / "alone")
     assert len(files(tmp_path / "alone")) == 2 * SHARDS
 

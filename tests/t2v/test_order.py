@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from t2v.order import lane_epochs, lane_windows
+from t2v.order import lane_epochs, lane_windows, shard_order
 
 GROUPS = [10] * 12
 
@@ -60,3 +60,13 @@ def test_seeds_and_windows_shuffle() -> None:
     assert rows([GROUPS], 0, 1, 120) != rows([GROUPS], 0, 1, 120, seed=1)
     first = rows([GROUPS], 0, 1, 20)
     assert len({group for _, group, _ in first}) == 2 and first != sorted(first)
+
+
+def test_raw_shards_come_once_an_epoch_each_time_in_another_order_and_resume_within_one() -> None:
+    order = list(islice(shard_order(0, "videos", 7, 0), 30))
+    assert [number for number, _ in order] == list(range(30))
+    epochs = [[shard for _, shard in order[first : first + 7]] for first in range(0, 28, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
+    for begun in (1, 7, 13, 14):
+        assert list(islice(shard_order(0, "videos", 7, begun), 16)) == order[begun : begun + 16]
+    assert [shard for _, shard in islice(shard_order(0, "images", 7, 0), 30)] != [shard for _, shard in order]
