@@ -64,7 +64,9 @@ class TrainJob:
         """The shards of both streams; ValueError if they, the model and the number of workers do not go together."""
         self.step.of_rank(0, self.train.workers)
         start = self.model.start
-        if start is not None and self.is_fresh and not storage.exists(start):
+        if start is None and self.train.trained != "all":
+            raise ValueError(f"model.start is not set: train.trained {self.train.trained} trains a part of that model")
+        if start is not None and (self.is_fresh or self.train.trained != "all") and not storage.exists(start):
             raise FileNotFoundError(f"model.start: there is no file or folder {start}")
         found = {
             stream: shards.list_shards(storage.join(self.run_dir, "data", "latents", stream)) for stream in STREAMS
