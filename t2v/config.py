@@ -134,12 +134,33 @@ class MixConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank updates of chosen weights (Hu et al., 2106.09685), as peft's LoraConfig has them.
+
+    `targets` are endings of the names of the linear layers and convolutions that get one: by default every attention's
+    projections, over space and over time. An update counts `alpha / rank`.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "rank")
+        above_zero(self, "alpha")
+        finite(self, "alpha")
+        if not self.targets:
+            raise ValueError("targets: there must be at least one name of a layer, for example to_q")
+
+
+@dataclass
 class TrainConfig:
     """Training (paper 4.1.3): 267 k steps of 1,400 videos are 373.8 M videos.
 
     What the backward pass computes once more on a GPU is norms and activations, or with `recompute: gates` the widest
     layers too: less than two thirds of the memory (2.5 GiB a clip in place of 4.0), at nine tenths of the speed.
-    `trained: temporal` leaves the layers that an image UNet has as they are in `model.start`.
+    `trained: temporal` leaves the layers that an image UNet has as they are in `model.start`, `trained: lora` all of
+    that model but for a low-rank update of chosen layers (`lora`).
 
     With `min_workers` training goes on with fewer workers where a cluster cannot give all. The last `keep_checkpoints`
     are kept, and at every milestone a copy of one, with its model as a diffusers folder. `max_skipped_steps` without a
@@ -160,7 +181,8 @@ class TrainConfig:
     cpus_per_worker: int = 8
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    trained: Literal["all", "temporal"] = "all"
+    trained: Literal["all", "temporal", "lora"] = "all"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     recompute: Literal["activations", "gates"] = "activations"
     learning_rate: float = 5e-5
     final_learning_rate: float = 0.0

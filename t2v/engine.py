@@ -17,7 +17,7 @@ from t2v import checkpoint
 from t2v.blocks import FeedForward
 from t2v.checkpoint import CheckpointError, Piece
 from t2v.config import TrainConfig
-from t2v.keys import is_temporal
+from t2v.lora import choose_trained
 
 # On CPUs deepspeed would compile a shared-memory all-reduce for two minutes; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -62,9 +62,7 @@ class Engine:
         for module in unet.modules():
             if isinstance(module, FeedForward):
                 module.keep = config.recompute == "activations"
-        if config.trained == "temporal":
-            for name, weight in unet.named_parameters():
-                weight.requires_grad_(is_temporal(name))
+        choose_trained(unet, config, self.dtype)
         optimizer = torch.optim.AdamW(
             _groups(unet.parameters(), config.weight_decay),
             lr=config.learning_rate,

@@ -2,6 +2,7 @@
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/    what diffusers reads, in its own layout
     t2v.json                                                                what it has no place for
+    lora/                                                                   what peft reads, of a model trained so
 
 The folder is complete: `TextToVideoSDPipeline.from_pretrained(folder)("a red circle moves left")`. Whatever the text
 tower was read from, it is written with the layers that are used, as the public folders have it.
@@ -24,6 +25,7 @@ from t2v import keys, storage
 from t2v.clip import text_config, text_weights, tokenizer_files
 from t2v.config import DiffusionConfig, ModelConfig, UNetConfig
 from t2v.frozen import TextEncoder, load_text, load_vae, make_scheduler
+from t2v.lora import Adapter
 from t2v.published import DIFFUSERS, diffusers_config, unet_weights
 from t2v.unet import UNet
 from t2v.weights import fill, fitted, part
@@ -50,11 +52,13 @@ def write_model(
     info: dict[str, Any],
     latent_size: int | None = None,
     text: TextEncoder | None = None,
+    adapter: Adapter | None = None,
 ) -> None:
     """Writes the UNet's `weights` and all that belongs to them as a diffusers folder, in place of one that is there.
 
     `info` goes into t2v.json; `latent_size` is the h and w trained at, which diffusers takes as its default size;
-    `text` is the tower of `model.text`, read anew if it is not given.
+    `text` is the tower of `model.text`, read anew if it is not given; `adapter`, already part of `weights`, is written
+    as lora/.
     ValueError if the weights are not those of `model.unet`. A local folder appears whole, by rename; on an object
     store model_index.json comes last.
     """
@@ -67,6 +71,8 @@ def write_model(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, new / "unet" / WEIGHTS, metadata={"format": "pt"})
         _write_json(new / "unet" / "config.json", diffusers_config(model.unet, latent_size))
+        if adapter:
+            adapter.write(new / "lora")
         _write_vae(model.vae, new / "vae")
         _write_text(text, new)
         make_scheduler(diffusion, "ddim", steps=1).save_pretrained(new / "scheduler")

@@ -82,7 +82,9 @@ class TrainJob:
         """What both streams train on; ValueError if they, the model and the number of workers do not go together."""
         self.step.of_rank(0, self.train.workers)
         start = self.model.start
-        if start is not None and self.is_fresh and not storage.exists(start):
+        if start is None and self.train.trained != "all":
+            raise ValueError(f"model.start is not set: train.trained {self.train.trained} trains a part of that model")
+        if start is not None and (self.is_fresh or self.train.trained != "all") and not storage.exists(start):
             raise FileNotFoundError(f"model.start: there is no file or folder {start}")
         found = self.raw or {stream: self._latents(stream) for stream in STREAMS}
         encoder = shards.encoder_id(self.model.vae)

@@ -12,7 +12,7 @@ from t2v.cards import GIB
 from t2v.config import TextConfig, TrainConfig, UNetConfig
 from t2v.cost import NARROW, WIDE, unet_cost, widest_tensor
 from t2v.job import TrainJob
-from t2v.keys import is_temporal
+from t2v.lora import adapted_weights, choose_trained, trained_shapes
 from t2v.mix import Slot
 from t2v.unet import UNet
 
@@ -32,16 +32,16 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
     """
     world, train = job.train.workers, job.train
     ranks = ranks or [job.step.of_rank(rank, world) for rank in range(world)]
-    weights, trained = count_weights(job.model.unet, train.trained)
+    weights, trained, adapted = count_weights(job.model.unet, train)
     passes, update = _gradients(train, len(ranks[0]), trained)
     during_passes = {
         "gradients": passes,
         "communication": _buckets(train),
-        "activations": max(activation_bytes(job, slot) for slots in ranks for slot in slots),
+        "activations": max(activation_bytes(job, slot) for slots in ranks for slot in slots) + _bytes(train) * adapted,
     }
     during_update = {"gradients": update, "communication": 0.0, "activations": 0.0}
     parts = {
-        "weights": _weights(train, weights),
+        "weights": _weights(train, weights) + (0.0 if train.precision == "fp32" else _bytes(train) * float(adapted)),
         "optimizer and average": _states(train, trained),
         "text tower": (2.0 if train.gpus_per_worker else 4.0) * count_text_weights(job.model.text),
         "reserve": float(RESERVE),
@@ -49,11 +49,16 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
     return parts | max(during_passes, during_update, key=lambda moment: sum(moment.values()))
 
 
-def count_weights(config: UNetConfig, trained: str = "all") -> tuple[int, int]:
-    """Parameters of the UNet: all of them, and those that are trained."""
+def count_weights(config: UNetConfig, train: TrainConfig | None = None) -> tuple[int, int, int]:
+    """Parameters of the UNet: all of them, those that are trained, and those that have low-rank updates.
+
+    ValueError as lora.choose_trained.
+    """
     with torch.device("meta"):
-        counts = {name: weight.numel() for name, weight in UNet(config).named_parameters()}
-    return sum(counts.values()), sum(n for name, n in counts.items() if trained == "all" or is_temporal(name))
+        unet = UNet(config)
+        choose_trained(unet, train or TrainConfig())
+    trained = sum(shape.numel() for shape in trained_shapes(unet).values())
+    return sum(weight.numel() for weight in unet.parameters()), trained, adapted_weights(unet)
 
 
 def count_text_weights(config: TextConfig) -> int:

@@ -23,8 +23,16 @@ class Plan:
     micro_batches: int
     rank_flops: tuple[float, ...]
     idle_share: float
-    checkpoint_bytes: int
-    model_bytes: int
+    weights: int
+    trained: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return STATE_BYTES * self.trained
+
+    @property
+    def model_bytes(self) -> int:
+        return MODEL_BYTES * self.weights
 
     def days(self, card: Card) -> float:
         """On such cards at UTILISATION of their limit: every step takes as long as its busiest rank."""
@@ -42,6 +50,7 @@ class Plan:
                 for part, flops in work.items()
             ),
             f"idle {self.idle_share:.1%} of the ranks' time, waiting for the busiest",
+            f"{self.trained:,} of {self.weights:,} parameters trained",
             f"a checkpoint takes {size_of(self.checkpoint_bytes)}, an exported UNet {size_of(self.model_bytes)}",
         ]
 
@@ -56,7 +65,7 @@ def make_plan(job: TrainJob) -> Plan:
     """The plan of a run with all its `train.workers`; ValueError where they cannot share a step."""
     step, world, cost = job.step, job.train.workers, sample_flops(job)
     ranks = [step.of_rank(rank, world) for rank in range(world)]
-    weights, trained = count_weights(job.model.unet, job.train.trained)
+    weights, trained, _ = count_weights(job.model.unet, job.train)
     return Plan(
         steps=job.samples // step.total,
         step_samples=step.samples,
@@ -67,8 +76,8 @@ def make_plan(job: TrainJob) -> Plan:
         micro_batches=len(ranks[0]),
         rank_flops=tuple(step.work(world, cost)),
         idle_share=step.idle_share(world, cost),
-        checkpoint_bytes=STATE_BYTES * trained,
-        model_bytes=MODEL_BYTES * weights,
+        weights=weights,
+        trained=trained,
     )
 
 

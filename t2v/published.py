@@ -44,13 +44,17 @@ _IMAGE_UNET = {  # what a UNet2DConditionModel could be else, without its tensor
 }
 
 
-def start_weights(path: str, config: UNetConfig) -> dict[str, Tensor]:
+def start_weights(path: str, config: UNetConfig, whole: bool = False) -> dict[str, Tensor]:
     """What a training run starts from, by our names: all weights, or the spatial ones (paper 4.1.3: SD 2.1's).
 
-    FileNotFoundError or ValueError, naming the config key, where the path or what it holds does not fit.
+    FileNotFoundError or ValueError, naming the config key, where the path or what it holds does not fit; a `whole`
+    model is wanted where nothing but a part of it is trained.
     """
     with named("model.start"):
-        return unet_weights(path, config)[1]
+        weights = unet_weights(path, config)[1]
+        if whole and not any(map(keys.is_temporal, weights)):
+            raise ValueError(f"{path} is an image model; train.trained lora adapts a text-to-video model")
+        return weights
 
 
 def unet_weights(path: str, config: UNetConfig | None = None) -> tuple[UNetConfig, dict[str, Tensor]]:

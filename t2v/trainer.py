@@ -87,7 +87,8 @@ class Trainer:
         torch.manual_seed(job.seed)
         unet = UNet(job.model.unet)
         if job.model.start and (not checkpoints or job.train.trained != "all"):
-            unet.load_state_dict(start_weights(job.model.start, job.model.unet), strict=False)
+            whole = job.train.trained == "lora"
+            unet.load_state_dict(start_weights(job.model.start, job.model.unet, whole), strict=False)
         self.engine = Engine(unet, job.train, len(self.slots))
         self.text = frozen.load_text(job.model.text, self.engine.device)
         self.diffusion = Diffusion(job.diffusion)

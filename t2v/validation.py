@@ -12,7 +12,7 @@ from t2v.export import read_unet, write_model
 from t2v.feed import held_out_batches
 from t2v.frozen import load_text
 from t2v.job import STREAMS, TrainJob
-from t2v.keys import is_temporal
+from t2v.lora import Adapter, choose_trained, trained_shapes
 from t2v.losses import BUCKETS, add_losses, batch_losses, losses_of
 from t2v.published import start_weights
 from t2v.unet import UNet
@@ -20,14 +20,16 @@ from t2v.unet import UNet
 
 def export(job: TrainJob, checkpoint: str, samples: int) -> None:
     """Writes the model of a checkpoint as `job.model_folder`; CheckpointError if the checkpoint is not whole."""
+    train, start = job.train, job.model.start
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in UNet(job.model.unet).named_parameters()}
-    weights: dict[str, torch.Tensor] = {}
-    if job.train.trained == "temporal" and job.model.start:
-        weights = start_weights(job.model.start, job.model.unet)
-        shapes = {name: shape for name, shape in shapes.items() if is_temporal(name)}
-    weights |= read_average(checkpoint, shapes)
-    write_model(job.model_folder, weights, job.model, job.diffusion, {"samples": samples}, job.size // 8)
+        unet = UNet(job.model.unet)
+        choose_trained(unet, train)
+    average = read_average(checkpoint, trained_shapes(unet))
+    frozen = start_weights(start, job.model.unet) if start and train.trained != "all" else {}
+    adapter = Adapter(train.lora, average, base=start or "") if train.trained == "lora" else None
+    weights = adapter.merged(frozen) if adapter else frozen | average
+    info = {"samples": samples}
+    write_model(job.model_folder, weights, job.model, job.diffusion, info, job.size // 8, adapter=adapter)
 
 
 def held_out_losses(job: TrainJob) -> dict[str, float]:

@@ -72,7 +72,8 @@ def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> Non
     for line in check(job, cluster_resources()):
         print(f"[train] {line}", flush=True)
     if job.is_fresh and job.model.start and storage.is_local(job.model.start):
-        start_weights(job.model.start, job.model.unet)  # mapped, not read: it tells here whether they fit
+        # Mapped, not read: it tells here whether they fit.
+        start_weights(job.model.start, job.model.unet, whole=job.train.trained == "lora")
     _keep_identity(job)
     with _watched(job) as watch:
         if job.is_fresh and not job.raw:
@@ -370,12 +371,14 @@ def _keep_identity(job: TrainJob) -> None:
         "shuffle_rows": job.train.shuffle_rows,
         "held_out_rows": job.train.held_out_rows,
         "diffusion": asdict(job.diffusion),
+        "lora": asdict(job.train.lora) if job.train.trained == "lora" else None,
     }
     if job.raw:  # whose shards have an order, and numbers in it
         identity["raw"] = {stream: [source.digest, source.info.data_hash] for stream, source in job.raw.items()}
     if not storage.exists(path):
         storage.write_json(path, identity)
-    elif (begun := storage.read_json(path)) != identity:
-        keys = [key for key in identity | begun if identity.get(key) != begun.get(key)]
+        return
+    begun = storage.read_json(path)
+    if keys := [key for key in identity | begun if identity.get(key) != begun.get(key)]:
         changed = ", ".join(f"{key} (was {begun.get(key)})" for key in keys)
         raise ValueError(f"{job.run_dir}: its training was begun with another {changed}; choose another run_dir")

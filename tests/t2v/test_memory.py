@@ -31,7 +31,7 @@ def published(**train: object) -> TrainJob:
 )
 def test_a_pass_needs_what_was_measured(stream: str, count: int, recompute: str, peak_gib: float) -> None:
     job = published(recompute=recompute)
-    weights, trained = count_weights(job.model.unet)
+    weights, trained, _ = count_weights(job.model.unet)
     assert weights == trained == 1_411_233_860
     slot = Slot(stream, 0, count, 1.0)  # type: ignore[arg-type]
     assert (STATE * weights + activation_bytes(job, slot)) / GIB == pytest.approx(peak_gib, rel=0.02)
@@ -50,7 +50,7 @@ def test_a_small_batch_on_one_gpu_is_fullest_in_the_optimizers_step() -> None:
     mix = MixConfig(slots=2, image_every=2, frames_per_slot=16, micro_frames=16)
     small = predict(published(workers=1, mix=mix, zero_stage=2))
     large = predict(published(workers=1, mix=MixConfig(slots=2, image_every=2, micro_frames=160)))
-    weights, _ = count_weights(UNetConfig())
+    weights, *_ = count_weights(UNetConfig())
     assert small["gradients"] == (4 + 8) * weights and large["gradients"] == 4 * weights  # DeepSpeed's norm is in fp64
     assert sum(small.values()) < sum(large.values())
 
@@ -59,7 +59,7 @@ def test_weights_are_counted_as_the_networks_have_them() -> None:
     unet = UNetConfig(block_out_channels=[16, 32], layers_per_block=1, head_dim=8, text_dim=16, norm_groups=8)
     model = UNet(unet)
     temporal = [weight.numel() for name, weight in model.named_parameters() if "temp_" in name or "_in." in name]
-    found = count_weights(unet, "temporal")
+    found = count_weights(unet, TrainConfig(trained="temporal"))
     assert found[0] == sum(weight.numel() for weight in model.parameters())
     assert 0 < found[1] < found[0] and found[1] <= sum(temporal)
     text = TextConfig("random", width=64, heads=4, layers=3)
