@@ -23,6 +23,7 @@ from ray.train import (
     CheckpointUploadMode,
     ControllerError,
     FailureConfig,
+    PreemptionInfo,
     RunConfig,
     ScalingConfig,
     UserCallback,
@@ -34,8 +35,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from t2v import storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
-from t2v.checks import check, cluster_resources
-from t2v.config import Stream
+from t2v.checks import check, cluster_resources, needs_of_worker, room_for_workers
+from t2v.config import Stream, TrainConfig
 from t2v.epochs import begin_anew
 from t2v.gauges import Gauges
 from t2v.job import TrainJob
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from t2v.record import Record
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
+LATE_S = 60.0  # before a machine is taken away, another checkpoint is written
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
 HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # the same data would meet them again
 NOTHING_YET_S = 0.5
@@ -111,10 +113,11 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | No
         _work,
         train_loop_config={"job": job, "watch": watch, "encode": encode},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,  # type: ignore[arg-type]
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if on_gpu else {}),
+            resources_per_worker=needs_of_worker(train),
+            elastic_resize_monitor_interval_s=train.grow_every_s,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name="train",
@@ -128,6 +131,16 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | No
             partial(_validate, job=job, on_export=on_export), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
         ),
     )
+
+
+def news(train: TrainConfig, world: int, lost: PreemptionInfo | None) -> str:
+    """What the ranks are told before Ray Train starts them anew, twice where the notice is long."""
+    if lost:
+        is_late = lost.deadline_ms is not None and lost.deadline_ms / 1000 - time.time() < LATE_S
+        return f"ranks {lost.preempted_ranks} lose their machines{' soon' if is_late else ''}"
+    if train.min_workers is None or world == train.workers or (room := room_for_workers(train)) <= world:
+        return ""
+    return f"the cluster has room for {room} ranks"
 
 
 def _place(run_dir: str) -> dict[str, Any]:
@@ -219,8 +232,10 @@ class _Host:
     def wants_stop(self) -> bool:
         return self._pulse.wants_stop
 
-    def is_preempted(self) -> bool:
-        return ray.train.get_preemption_info() is not None
+    def news(self) -> str:
+        lost, context = ray.train.get_preemption_info(), ray.train.get_context()
+        is_first = context.get_world_rank() == 0
+        return broadcast_from_rank_zero(news(self._job.train, context.get_world_size(), lost) if is_first else None)
 
 
 def _tables(encoding: ray.actor.ActorHandle) -> "Tables":
