@@ -11,7 +11,6 @@ from ray.exceptions import RayTaskError
 
 from t2v import storage
 from t2v.cards import GIB, Card, find_card
-from t2v.config import TrainConfig
 from t2v.job import TrainJob
 from t2v.memory import predict
 from t2v.plan import make_plan, sample_flops, size_of
@@ -34,18 +33,6 @@ def cluster_resources() -> Resources:
     """What the cluster has, or can grow to where it has an autoscaler (whose word Ray Train takes, too)."""
     now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
     return now | {name: max(count, now.get(name, 0)) for name, count in most.items()}
-
-
-def needs_of_worker(train: TrainConfig) -> dict[str, float]:
-    """The resources that one worker takes."""
-    needs = {"CPU": float(train.cpus_per_worker), "GPU": float(train.gpus_per_worker)}
-    return {kind: count for kind, count in needs.items() if count}
-
-
-def room_for_workers(train: TrainConfig) -> int:
-    """How many workers the nodes of now have room for, as Ray Train counts it when it resizes a run."""
-    alive, needs = [node["Resources"] for node in ray.nodes() if node["Alive"]], needs_of_worker(train)
-    return sum(min(int(node.get(kind, 0) // count) for kind, count in needs.items()) for node in alive)
 
 
 def dry_run(job: TrainJob) -> None:

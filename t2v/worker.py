@@ -23,7 +23,6 @@ from ray.train import (
     CheckpointUploadMode,
     ControllerError,
     FailureConfig,
-    PreemptionInfo,
     RunConfig,
     ScalingConfig,
     UserCallback,
@@ -35,11 +34,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from t2v import storage
 from t2v.checkpoint import CheckpointError, newest_first, read_state
-from t2v.checks import check, cluster_resources, needs_of_worker, room_for_workers
-from t2v.config import Stream, TrainConfig
+from t2v.checks import check, cluster_resources
+from t2v.config import Stream
 from t2v.epochs import begin_anew
 from t2v.gauges import Gauges
 from t2v.job import TrainJob
+from t2v.news import needs_of_worker, news
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
 
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from t2v.record import Record
 
 PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting for a free GPU included
-LATE_S = 60.0  # before a machine is taken away, another checkpoint is written
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
 HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # the same data would meet them again
 NOTHING_YET_S = 0.5
@@ -131,16 +130,6 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | No
             partial(_validate, job=job, on_export=on_export), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
         ),
     )
-
-
-def news(train: TrainConfig, world: int, lost: PreemptionInfo | None) -> str:
-    """What the ranks are told before Ray Train starts them anew, twice where the notice is long."""
-    if lost:
-        is_late = lost.deadline_ms is not None and lost.deadline_ms / 1000 - time.time() < LATE_S
-        return f"ranks {lost.preempted_ranks} lose their machines{' soon' if is_late else ''}"
-    if train.min_workers is None or world == train.workers or (room := room_for_workers(train)) <= world:
-        return ""
-    return f"the cluster has room for {room} ranks"
 
 
 def _place(run_dir: str) -> dict[str, Any]:
@@ -233,9 +222,12 @@ class _Host:
         return self._pulse.wants_stop
 
     def news(self) -> str:
-        lost, context = ray.train.get_preemption_info(), ray.train.get_context()
-        is_first = context.get_world_rank() == 0
-        return broadcast_from_rank_zero(news(self._job.train, context.get_world_size(), lost) if is_first else None)
+        context, info = ray.train.get_context(), ray.train.get_preemption_info()
+        lost, deadline_ms = (info.preempted_ranks, info.deadline_ms) if info else ([], None)
+        told = None
+        if context.get_world_rank() == 0:  # by its clock, and by what it sees of the cluster
+            told = news(self._job.train, context.get_world_size(), lost, deadline_ms and deadline_ms / 1000)
+        return broadcast_from_rank_zero(told)
 
 
 def _tables(encoding: ray.actor.ActorHandle) -> "Tables":

@@ -11,12 +11,11 @@ import psutil
 import pytest
 import ray
 import torch
-from ray.train import PreemptionInfo
 from safetensors.torch import load_file
 
 from t2v import storage
 from t2v.job import TrainJob
-from t2v.worker import fit, news
+from t2v.worker import fit
 from tests.t2v.train_ranks import STEP_SAMPLES, job
 
 
@@ -93,19 +92,6 @@ def test_a_list_of_checkpoints_that_a_kill_left_half_written_is_begun_anew(
     assert "Ray Train's list of checkpoints is begun anew" in capsys.readouterr().out
     assert storage.read_lines(f"{runs}/undisturbed/train/starts.jsonl")[-1]["samples"] == 40 * STEP_SAMPLES
     assert whole.exported_samples == 44 * STEP_SAMPLES
-
-
-def test_ranks_hear_of_machines_that_go_and_come(ray_session: None, data: Path) -> None:
-    train = replace(job(str(data), 2).train, gpus_per_worker=0, cpus_per_worker=1)
-    goes = [PreemptionInfo(deadline_ms=int(1000 * (time.time() + left_s)), preempted_node_to_ranks={"node": [1]})
-            for left_s in (100, 20)]  # fmt: skip
-    assert news(train, 2, None) == ""
-    assert [news(train, 2, info) for info in goes] == [
-        "ranks [1] lose their machines",
-        "ranks [1] lose their machines soon",
-    ]
-    elastic = replace(train, workers=3, min_workers=1)
-    assert [news(elastic, world, None) for world in (1, 2, 3)] == ["the cluster has room for 2 ranks", "", ""]
 
 
 def test_a_corrupt_shard_ends_the_run_by_name_and_is_not_tried_again(runs: Path, data: Path, tmp_path: Path) -> None:
