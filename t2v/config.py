@@ -162,10 +162,10 @@ class TrainConfig:
     `trained: temporal` leaves the layers that an image UNet has as they are in `model.start`, `trained: lora` all of
     that model but for a low-rank update of chosen layers (`lora`).
 
-    With `min_workers` training goes on with fewer workers where a cluster cannot give all. The last `keep_checkpoints`
-    are kept, and at every milestone a copy of one, with its model as a diffusers folder. `max_skipped_steps` without a
-    finite gradient in a row end the run; so do `max_failures` of workers. Ranks that take no step for `hang_s` are
-    ended and started anew.
+    With `min_workers` training goes on with fewer workers where a cluster cannot give all, and with more once it can,
+    which is seen every `grow_every_s`. The last `keep_checkpoints` are kept, and at every milestone a copy of one, with
+    its model as a diffusers folder. `max_skipped_steps` without a finite gradient in a row end the run; so do
+    `max_failures` of workers. Ranks that take no step for `hang_s` are ended and started anew.
 
     `feed: online` trains without latents: raw shards are downloaded and encoded meanwhile, by `data.fetch` and
     `data.encode` workers, whose GPUs may be parts of the ranks' own (`gpus_per_worker: 0.9` here, 0.1 there).
@@ -177,6 +177,7 @@ class TrainConfig:
 
     workers: int = 80
     min_workers: int | None = None
+    grow_every_s: float = 180.0
     gpus_per_worker: float = 1
     cpus_per_worker: int = 8
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -212,7 +213,7 @@ class TrainConfig:
         at_least(1, self, "min_workers", "max_skipped_steps")
         at_least(0, self, "gpus_per_worker", "warmup_samples", "weight_decay", "log_every_s", "final_learning_rate")
         at_least(0, self, "max_failures", "held_out_rows")
-        above_zero(self, "learning_rate", "clip_norm", "ema_halflife_samples", "hang_s")
+        above_zero(self, "learning_rate", "clip_norm", "ema_halflife_samples", "hang_s", "grow_every_s")
         finite(self, "learning_rate", "weight_decay")
         if (self.min_workers or 0) > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than workers ({self.workers})")

@@ -32,7 +32,7 @@ from t2v.plan import sample_flops
 from t2v.published import start_weights
 from t2v.unet import UNet
 
-LOOK_S = 5.0  # between two looks for a machine that is about to be taken away
+LOOK_S = 5.0  # between two looks for machines that are about to go or have come
 
 
 class Host(Protocol):
@@ -53,8 +53,8 @@ class Host(Protocol):
     def wants_stop(self) -> bool:
         """Whether this rank has been asked to write a checkpoint and end."""
 
-    def is_preempted(self) -> bool:
-        """Whether a machine of the run is about to be taken away; all ranks ask at once, and hear the same."""
+    def news(self) -> str:
+        """What is about to have all ranks started anew, if anything; all ranks ask at once, and hear the same."""
 
 
 class Diverged(ArithmeticError):
@@ -158,13 +158,16 @@ class Trainer:
     def _train(self, feed: ReadAhead) -> None:
         self._begin_interval(feed)
         every = self.job.train.checkpoint_every_samples
-        warned, steps = False, iter(feed)
+        known, steps = {""}, iter(feed)
         while self.samples < self.job.samples:
             looks, wants_stop = self._train_step(next(steps))
             self.host.beat(self.samples)
             due = _crossed(self.samples, self.step.total, every) or self.samples == self.job.samples or wants_stop
-            if looks and not warned and self.host.is_preempted():
-                due = warned = True  # once: training goes on until the machine is gone
+            if looks and (news := self.host.news()) not in known:
+                known.add(news)  # and training goes on until it comes to that
+                due = True
+                if self.record:
+                    print(f"[train] {news}: all ranks write a checkpoint", flush=True)
             wants_log = time.monotonic() - self.begun > self.job.train.log_every_s
             if wants_log or due:
                 self._log(feed)

@@ -39,6 +39,7 @@ from t2v.config import Stream
 from t2v.epochs import begin_anew
 from t2v.gauges import Gauges
 from t2v.job import TrainJob
+from t2v.news import needs_of_worker, news
 from t2v.published import start_weights
 from t2v.watch import Pulse, Watch
 
@@ -112,10 +113,11 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | No
         _work,
         train_loop_config={"job": job, "watch": watch, "encode": encode},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,  # type: ignore[arg-type]
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if on_gpu else {}),
+            resources_per_worker=needs_of_worker(train),
+            elastic_resize_monitor_interval_s=train.grow_every_s,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name="train",
@@ -220,8 +222,13 @@ class _Host:
     def wants_stop(self) -> bool:
         return self._pulse.wants_stop
 
-    def is_preempted(self) -> bool:
-        return ray.train.get_preemption_info() is not None
+    def news(self) -> str:
+        context, info = ray.train.get_context(), ray.train.get_preemption_info()
+        lost, deadline_ms = (info.preempted_ranks, info.deadline_ms) if info else ([], None)
+        told = None
+        if context.get_world_rank() == 0:  # by its clock, and by what it sees of the cluster
+            told = news(self._job.train, context.get_world_size(), lost, deadline_ms and deadline_ms / 1000)
+        return broadcast_from_rank_zero(told)
 
 
 def _tables(encoding: ray.actor.ActorHandle) -> "Tables":

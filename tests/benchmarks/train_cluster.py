@@ -39,6 +39,7 @@ from train_runs import (
 
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 RUN = {"train.samples": STEP * 80, "train.checkpoint_every_samples": STEP * 5, "train.milestone_every_samples": 10**9}
+ELASTIC = {"train.min_workers": 1, "train.grow_every_s": 45}
 RARE = {"train.checkpoint_every_samples": 10**9}
 
 
@@ -123,7 +124,7 @@ def elastic(folder: Path) -> None:
     """Training begins with the room there is, grows with the cluster and shrinks with it."""
     cluster, room = make_cluster(folder, nodes=1)
     alone = train(folder, "undisturbed-1", cluster.address, RUN | {"train.workers": 1})
-    run, changes = new_run(folder, "elastic"), RUN | {"train.workers": 3, "train.min_workers": 1}
+    run, changes = new_run(folder, "elastic"), RUN | {"train.workers": 3} | ELASTIC
     process = start("train", run, cluster.address, changes)
     assert wait_for_steps(run, process, number=8)
     for what in ("added", "added", "killed"):

@@ -51,7 +51,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"run": "2 to stage 3", "samples": WHOLE, "from": half, "train": {"zero_stage": 3}},
         {"run": "2 to plain", "samples": WHOLE, "from": half, "train": {"zero_stage": 0}},
         {"run": "temporal", "samples": HALF, "train": {"trained": "temporal"}},
-        {"run": "stopped", "samples": WHOLE, "stop_at": 2 * STEP_SAMPLES},
+        {"run": "stopped", "samples": WHOLE, "stop_at": 5 * STEP_SAMPLES, "news_from": STEP_SAMPLES},
     ]
     train(data, folder, 2, *legs)
     train(data, folder, 1, {"run": "one", "samples": WHOLE}, elastic(0, 6) | {"run": "still"}, elastic(0, 2))
@@ -130,8 +130,14 @@ def test_ranks_may_be_one_then_three_then_two(folder: Path) -> None:
 
 
 def test_a_rank_that_is_asked_to_stop_has_all_write_a_checkpoint(folder: Path) -> None:
-    assert read_state(f"{folder}/stopped/checkpoint-{2 * STEP_SAMPLES}")["samples"] == 2 * STEP_SAMPLES
-    assert (losses(folder / "stopped") == losses(folder / "straight")[:2]).all()
+    assert read_state(f"{folder}/stopped/checkpoint-{5 * STEP_SAMPLES}")["samples"] == 5 * STEP_SAMPLES
+    assert (losses(folder / "stopped") == losses(folder / "straight")[:5]).all()
+
+
+def test_news_of_the_cluster_has_all_write_one_checkpoint(folder: Path) -> None:
+    """Besides those that are due: after three steps, and at the end."""
+    found = {int(path.name.split("-")[1]) for path in (folder / "stopped").glob("checkpoint-*")}
+    assert found == {STEP_SAMPLES, 3 * STEP_SAMPLES, 5 * STEP_SAMPLES}
 
 
 def test_the_spatial_part_can_be_left_as_it_is(folder: Path) -> None:

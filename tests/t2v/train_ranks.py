@@ -2,10 +2,10 @@
 
 PLAN is JSON: a list of legs, each trained after the other as {"run": name of a folder in FOLDER, "samples": where it
 ends, "from": checkpoints to go on from, newest first, "dropout": of the UNet, "train": changes of TrainConfig,
-"stop_at": samples at which the last rank is asked to stop, "broken": how many steps in a row, the first one being
-"broken_at", have losses that are not finite}. A run's folder holds latents and a VAE; a folder `start` in it is
-`model.start`. Every checkpoint is kept as RUN/checkpoint-SAMPLES, the averaged weights at the end as
-RUN/average.safetensors.
+"stop_at": samples at which the last rank is asked to stop, "news_from": samples from which on the cluster has news,
+"broken": how many steps in a row, the first one being "broken_at", have losses that are not finite}. A run's folder
+holds latents and a VAE; a folder `start` in it is `model.start`. Every checkpoint is kept as RUN/checkpoint-SAMPLES,
+the averaged weights at the end as RUN/average.safetensors.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from safetensors.torch import save_file
 
+import t2v.trainer
 from t2v.checkpoint import read_average
 from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
 from t2v.engine import Staged
@@ -58,8 +59,8 @@ def job(run_dir: str, workers: int) -> TrainJob:
 class Alone:
     """A host that writes checkpoints at once and is asked nothing."""
 
-    def __init__(self, run_dir: str, stop_at: int | None) -> None:
-        self.run_dir, self.stop_at, self.samples = run_dir, stop_at, 0
+    def __init__(self, run_dir: str, stop_at: int | None, news_from: int | None) -> None:
+        self.run_dir, self.stop_at, self.news_from, self.samples = run_dir, stop_at, news_from, 0
 
     def report(self, staged: Staged, samples: int, milestone: bool) -> None:
         staged.write(f"{self.run_dir}/checkpoint-{samples}")
@@ -75,8 +76,8 @@ class Alone:
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         return last and self.samples + STEP_SAMPLES == self.stop_at
 
-    def is_preempted(self) -> bool:
-        return False
+    def news(self) -> str:
+        return "a machine goes" if self.news_from and self.samples >= self.news_from else ""
 
 
 def run(folder: str, leg: dict) -> None:
@@ -86,7 +87,7 @@ def run(folder: str, leg: dict) -> None:
     whole.model.unet.dropout = leg.get("dropout", whole.model.unet.dropout)
     whole.train = replace(whole.train, **{"samples": leg["samples"]} | leg.get("train", {}))
     checkpoints = [f"{folder}/{name}" for name in leg.get("from", [])]
-    trainer = Trainer(whole, rank, world, checkpoints, Alone(run_dir, leg.get("stop_at")))
+    trainer = Trainer(whole, rank, world, checkpoints, Alone(run_dir, leg.get("stop_at"), leg.get("news_from")))
     if "broken" in leg:
         break_losses(trainer, leg["broken_at"], leg["broken"])
     try:
@@ -124,6 +125,7 @@ def break_losses(trainer: Trainer, first: int, count: int) -> None:
 def main() -> None:
     folder, plan = sys.argv[1:]
     torch.set_num_threads(1)
+    t2v.trainer.LOOK_S = -1.0  # for news, at every step
     torch.distributed.init_process_group("gloo")
     for leg in json.loads(plan):
         run(folder, leg)
