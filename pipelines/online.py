@@ -52,7 +52,7 @@ class Online:
         """An actor for each stream, which ends with the process that calls."""
         pools = share(job, self.data, world, ray.cluster_resources())
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Encoding)  # outside the ranks' placement group
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Encoding)  # type: ignore[call-overload]  # outside the ranks' placement group
         return {stream: actor.remote(self, stream, begun[stream], pools[stream]) for stream in STREAMS}
 
     def plan(self, stream: Stream) -> StreamPlan:
