@@ -26,7 +26,9 @@ from t2v.online import NUMBER, numbered
 from t2v.order import shard_order
 from t2v.shards import LatentInfo, encoder_id, rows_table
 
-SHARDS_AT_ONCE = 4000  # of one dataset: blocks take the driver 0.8 ms each, its end and new encoders some seconds
+# Of one dataset, the first one and the largest, each next one being twice the last: a block takes 0.8 ms before the
+# first is begun and kilobytes until all are done (ray-project/ray#66016), a dataset's end and new encoders seconds.
+SHARDS_AT_FIRST, SHARDS_AT_ONCE = 250, 4000
 PROMPTS = 8
 
 
@@ -66,6 +68,7 @@ class Encoding:
         self._online, self._pool, self._plan = online, pool, online.plan(stream)
         self._shards = self._plan.manifest.shards.num_rows
         self._order = shard_order(online.seed, stream, self._shards, begun)
+        self._stretch = SHARDS_AT_FIRST
         self._made = iter(())
         self._dealt = self._rows = 0
 
@@ -88,8 +91,8 @@ class Encoding:
         import ray.data
 
         data, encode = self._online.data, self._online.data.encode
-        some = islice(self._order, SHARDS_AT_ONCE)
-        tasks = [self._plan.task(index) | {NUMBER: number} for number, index in some]
+        tasks = [self._plan.task(index) | {NUMBER: number} for number, index in islice(self._order, self._stretch)]
+        self._stretch = min(2 * self._stretch, SHARDS_AT_ONCE)
         rows = (
             ray.data.from_items(tasks, override_num_blocks=len(tasks))
             .map_batches(

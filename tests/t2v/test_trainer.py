@@ -187,26 +187,26 @@ def test_a_missing_start_is_told_at_once_and_no_longer_once_there_is_a_checkpoin
     good = job(str(tmp_path / "run"), 2)
     lost = replace(good, model=replace(good.model, start="/weights/sd21"))
     with pytest.raises(FileNotFoundError, match="model.start: there is no file or folder /weights/sd21"):
-        lost.inventory()
+        lost.sources()
     storage.write_json(f"{good.run_dir}/train/checkpoint_1/rank-00000.json", {})
-    assert lost.inventory().keys() == {"images", "videos"}
+    assert lost.sources().keys() == {"images", "videos"}
 
 
 def test_what_does_not_fit_is_refused_before_training(data: Path) -> None:
     good = job(str(data), 2)
-    assert {stream: len(found) for stream, found in good.inventory().items()} == {"images": 3, "videos": 3}
+    assert {stream: found.shards for stream, found in good.sources().items()} == {"images": 3, "videos": 3}
     with pytest.raises(
         ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(4, 1, 8, 8\)"
     ):
-        replace(good, size=64).inventory()
+        replace(good, size=64).sources()
     with pytest.raises(ValueError, match="4 images a step cannot be shared by 5 ranks"):
-        replace(good, train=replace(good.train, workers=5)).inventory()
+        replace(good, train=replace(good.train, workers=5)).sources()
     with pytest.raises(FileNotFoundError, match="run jobs/prepare_data.py first"):
-        replace(good, run_dir=str(data / "elsewhere")).inventory()
+        replace(good, run_dir=str(data / "elsewhere")).sources()
     (data / "other").mkdir()
     (data / "other/diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ValueError, match="shards were encoded by VAE"):
-        replace(good, model=replace(good.model, vae=str(data / "other"))).inventory()
+        replace(good, model=replace(good.model, vae=str(data / "other"))).sources()
 
 
 def test_learning_rate_and_decay_count_samples() -> None:
