@@ -131,17 +131,35 @@ class DecodeConfig:
 
 @dataclass
 class EncodeConfig:
-    """The actors that decode media and hold the VAE."""
+    """The actors that decode media and hold the VAE.
+
+    With `vae_workers` above 0 that many other actors hold it, of `gpus_per_worker` each, and those that decode take
+    CPUs alone, of whatever machine.
+    """
 
     workers: int = 8
     gpus_per_worker: float = 1
     cpus_per_worker: float = 4
     batch_frames: int = 64
+    vae_workers: int = 0
 
     def __post_init__(self) -> None:
         at_least(1, self, "workers", "batch_frames")
-        at_least(0, self, "gpus_per_worker")
+        at_least(0, self, "gpus_per_worker", "vae_workers")
         above_zero(self, "cpus_per_worker")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"gpus_per_worker: {self.gpus_per_worker} is neither whole nor a part of one GPU")
+
+    @property
+    def vae_cpus(self) -> float:
+        """Of a VAE actor; none beside a GPU, or an encoder could take what one that was killed needs to come back."""
+        return 0 if self.gpus_per_worker else self.cpus_per_worker
+
+    @property
+    def gpus_needed(self) -> float:
+        """Before the first shard is made; what is left of a GPU that several share serves nobody."""
+        each, actors = self.gpus_per_worker, max(1, self.vae_workers)
+        return math.ceil(actors / int(1 / each + 1e-6)) if 0 < each < 1 else each * actors
 
     @property
     def shards_at_once(self) -> int:

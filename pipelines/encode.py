@@ -2,10 +2,10 @@
 
 `ShardEncoder` commits them with a summary, pipelines/online.py hands them to training.
 
-Decoded frames never leave the task; its decoders are processes of its own, each fed by a thread. They work ahead while
-the VAE has a batch, and a second shard of the same actor while the first one is unpacked or written.
+Decoded frames never leave the task, unless the VAE is in other actors (pipelines/vaes.py). Its decoders are processes
+of its own, each fed by a thread. They work ahead while the VAE has a batch, and a second shard of the same actor while
+the first one is unpacked or written.
 k clips of frames [f, y, x, 3]; c latent channels, h w latent size.
-torch and the VAE are imported where an encoder is made, so that the driver need not wait for them.
 """
 
 import time
@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +27,13 @@ from pipelines.likeness import Seen, hashes_path, write_hashes
 from pipelines.media import Clip, MediaError
 from pipelines.meters import Meters
 from pipelines.sheet import ACROSS, DOWN, sheet_path, tiles, write_sheet
+from pipelines.vaes import LocalVae, RemoteVae, VaePool
 from pipelines.windows import sample_id
 from t2v import shards, storage
 from t2v.shards import LatentInfo
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class Decoded(NamedTuple):
@@ -72,9 +75,11 @@ class _Row:
 class ShardEncoder:
     """Makes one shard a call: latents are committed first, then the ledger, the summary last."""
 
-    def __init__(self, data_dir: str, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
+    def __init__(
+        self, data_dir: str, data: DataConfig, vae_path: str, encoder: str, seed: int, vaes: VaePool | None = None
+    ) -> None:
         self.data_dir, self.data = data_dir, data
-        self.media = MediaEncoder(data, vae_path, encoder, seed)
+        self.media = MediaEncoder(data, vae_path, encoder, seed, vaes)
         self.meters = Meters()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -110,27 +115,18 @@ class ShardEncoder:
 
 
 class MediaEncoder:
-    """Holds the VAE and the decoders, and encodes one shard a call.
+    """Has the VAE and the decoders, and encodes one shard a call.
 
-    Several threads may call it, which share its decoders; the VAE has one batch at a time.
+    Several threads may call it, which share its decoders; the VAE is its own unless there is a pool of them.
     """
 
-    def __init__(self, data: DataConfig, vae_path: str, encoder: str, seed: int) -> None:
-        import torch
-
-        from t2v.frozen import load_vae
-
+    def __init__(self, data: DataConfig, vae_path: str, encoder: str, seed: int, vaes: VaePool | None = None) -> None:
         self.data, self.seed = data, seed
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vae = load_vae(vae_path, device, chunk_frames=data.encode.batch_frames)
-        if self.vae.id != encoder:
-            raise ValueError(f"{vae_path}: weights {self.vae.id} here, but {encoder} where the run was started")
-        black = torch.zeros(1, data.size, data.size, 3, dtype=torch.uint8)
-        self.channels, self.height, self.width = self.vae.encode(black)[0].shape[1:]  # or tells that it is broken
-        self.vae_is_free = Lock()
+        self.vae = RemoteVae(vaes) if vaes else LocalVae(vae_path, encoder, data.size, data.encode.batch_frames)
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
-        self.selection = Selection(data, Decoders(data.decode), device)
+        self.vae_calls = ThreadPoolExecutor(2 * data.encode.shards_at_once)
+        self.selection = Selection(data, Decoders(data.decode), self.vae.device)
 
     def encode(self, batch: pa.Table) -> Encoded:
         """One row, a shard with its downloads (pipelines/prepare.py) -> what became of it."""
@@ -147,27 +143,28 @@ class MediaEncoder:
         ahead = at_once + 2 * self.threads  # the next batch is decoded while the VAE has this one
         decoded = _in_order(self.pool, lambda row: self._decode(task["stream"], row), _rows(downloads), ahead)
         unlike = _unlike(decoded, seen)
-        while group := list(islice(unlike, at_once)):
-            entries += [row.entry for row in group]
-            clips = [
-                (sample_id(row.entry.row_id, window), row.caption, clip)
-                for row in group
-                if row.kept
-                for window, clip in row.kept.clips.items()
-            ]
-            kept += self._encode(clips)
-            if task["index"] == 0 and len(looks) < ACROSS * DOWN:
-                looks += tiles([clip.frames for _, _, clip in clips])
+
+        def batches() -> Iterator[list[tuple[str, str, Clip]]]:
+            while group := list(islice(unlike, at_once)):
+                entries.extend(row.entry for row in group)
+                clips = [
+                    (sample_id(row.entry.row_id, window), row.caption, clip)
+                    for row in group
+                    if row.kept
+                    for window, clip in row.kept.clips.items()
+                ]
+                if task["index"] == 0 and len(looks) < ACROSS * DOWN:
+                    looks.extend(tiles([clip.frames for _, _, clip in clips]))
+                yield clips
+
+        for encoded in _in_order(self.vae_calls, self._encode, batches(), ahead=1):
+            kept += encoded
 
         if len(entries) != task["rows"]:
             raise RuntimeError(f"shard {task['name']}: {task['rows']} rows in, {len(entries)} in its ledger")
-        info = LatentInfo(
-            task["stream"],
-            (self.channels, frames, self.height, self.width),
-            self.vae.id,
-            self.vae.scale,
-            task["data_hash"],
-        )
+        facts = self.vae.facts()
+        channels, height, width = facts.shape
+        info = LatentInfo(task["stream"], (channels, frames, height, width), facts.id, facts.scale, task["data_hash"])
         ok = sum(entry.status == "ok" for entry in entries)
         if not ok <= len(kept) <= ok * self.data.windows:
             raise RuntimeError(f"shard {task['name']}: {ok} rows are ok, but there are {len(kept)} latents")
@@ -190,16 +187,12 @@ class MediaEncoder:
         return Decoded(replace(entry, stage="encode"), caption, kept)
 
     def _encode(self, clips: list[tuple[str, str, Clip]]) -> list[_Row]:
-        import torch
-
         if not clips:
             return []
-        frames = torch.from_numpy(np.concatenate([clip.frames for _, _, clip in clips]))
-        with self.vae_is_free:
-            mean, logvar = (
-                part.unflatten(0, (len(clips), -1)).transpose(1, 2).half().cpu().numpy()  # k c f h w
-                for part in self.vae.encode(frames)
-            )
+        mean, logvar = (
+            part.reshape(len(clips), -1, *part.shape[1:]).swapaxes(1, 2)  # k c f h w
+            for part in self.vae.encode(np.concatenate([clip.frames for _, _, clip in clips]))
+        )
         return [
             _Row(row_id, caption, clip.source_fps, clip.start_s, mean[index], logvar[index])
             for index, (row_id, caption, clip) in enumerate(clips)
@@ -236,11 +229,11 @@ def _unlike(rows: Iterable[Decoded], seen: Seen) -> Iterator[Decoded]:
         yield row
 
 
-def _in_order(pool: Executor, decode: Callable[[dict], Decoded], rows: Iterable[dict], ahead: int) -> Iterator[Decoded]:
+def _in_order(pool: Executor, make: Callable[[Given], Made], given: Iterable[Given], ahead: int) -> Iterator[Made]:
     """Like pool.map, but never more than `ahead` results wait in memory."""
-    waiting: deque[Future[Decoded]] = deque()
-    for row in rows:
-        waiting.append(pool.submit(decode, row))
+    waiting: deque[Future[Made]] = deque()
+    for one in given:
+        waiting.append(pool.submit(make, one))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:

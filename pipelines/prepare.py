@@ -24,6 +24,7 @@ from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, Source, normalise, read_shard, stored
 from pipelines.raw import write_raw
 from pipelines.ray_data import quieten, tell_if_too_small
+from pipelines.vaes import vae_pool
 from t2v import storage
 from t2v.config import Stream
 from t2v.digest import digest_of
@@ -104,10 +105,12 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
         }
         rows, ok = 0, 0
         windows = (tasks.slice(start, _SHARDS_AT_ONCE) for start in range(0, len(tasks), _SHARDS_AT_ONCE))
-        made_shards = chain.from_iterable(_make(window, data, settings) for window in windows)
-        for done, made in enumerate(made_shards, start=total - len(tasks) + 1):
-            rows, ok = rows + made["rows"], ok + made["ok"]
-            print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
+        _tell_needs(data)
+        with vae_pool(data.encode, storage.absolute(str(vae_path)), encoder, data.size) as vaes:
+            made_shards = chain.from_iterable(_make(window, data, settings | {"vaes": vaes}) for window in windows)
+            for done, made in enumerate(made_shards, start=total - len(tasks) + 1):
+                rows, ok = rows + made["rows"], ok + made["ok"]
+                print(f"[prepare_data] {done}/{total} shards  {ok:,}/{rows:,} rows ok", flush=True)
     if data.filters.duplicates_across and data.filters.duplicate_bits is not None:
         from pipelines.twins import drop_twins
 
@@ -178,9 +181,6 @@ def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterat
 
     from pipelines.encode import ShardEncoder
 
-    cpus = data.encode.cpus_per_worker + data.fetch.cpus_per_task
-    what = "one encoder (data.encode) with one download (data.fetch) needs them"
-    tell_if_too_small("prepare_data", cpus, data.encode.gpus_per_worker, what)
     made = (
         ray.data.from_arrow(tasks, override_num_blocks=min(len(tasks), BLOCKS))
         .map_batches(
@@ -203,12 +203,20 @@ def _make(tasks: pa.Table, data: DataConfig, settings: dict[str, Any]) -> Iterat
                 enable_true_multi_threading=True,
             ),
             num_cpus=data.encode.cpus_per_worker,
-            num_gpus=data.encode.gpus_per_worker,
+            num_gpus=0 if settings["vaes"] else data.encode.gpus_per_worker,
         )
     )
     quieten(made)
     for summaries in made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from summaries.to_pylist()  # type: ignore[union-attr]
+
+
+def _tell_needs(data: DataConfig) -> None:
+    encode = data.encode
+    cpus = encode.cpus_per_worker + data.fetch.cpus_per_task + encode.vae_workers * encode.vae_cpus
+    vaes = f"{encode.vae_workers} VAEs (data.encode.vae_workers), " if encode.vae_workers else ""
+    what = f"{vaes}one encoder (data.encode) with one download (data.fetch) needs them"
+    tell_if_too_small("prepare_data", cpus, encode.gpus_needed, what)
 
 
 def plan_streams(data_dir: str, data: DataConfig, encoder: str, seed: int) -> list[StreamPlan]:

@@ -1,6 +1,7 @@
 """The preparation end to end on one GPU, from Parquet of encoded media to latent shards, beside the bare encoder.
 
     python tests/benchmarks/encode_job.py > tests/benchmarks/results/encode_job.txt
+    python tests/benchmarks/encode_job.py --apart     (and with the VAE in an actor of its own)
     python tests/benchmarks/encode_job.py --tiny      (on a CPU, to see that it runs)
 
 H.264 clips of 336 x 596, 25 fps, 8 s, and pictures of about 640 x 480, in a column of Parquet files on this machine;
@@ -104,7 +105,7 @@ def job(data: Any, vae: str, run_dir: str, stream: str) -> float:
     return sum(one["status"]["ok"] for one in done[FIRST + 1 :]) / (done[-1]["ended"] - done[FIRST]["ended"])
 
 
-def main(tiny: bool) -> None:
+def main(tiny: bool, apart: bool) -> None:
     import ray
 
     from pipelines.config import DataConfig, EncodeConfig, FetchConfig, StreamConfig
@@ -122,13 +123,15 @@ def main(tiny: bool) -> None:
         cores = os.cpu_count() or 1
         for stream, frames, shard_rows in (("videos", 16, size.shard_clips), ("images", 1, size.shard_pictures)):
             source = StreamConfig(f"{folder}/{stream}", "bytes=media,caption=txt", shard_rows)
-            for workers in (1,) if tiny else (1, 2, 4):
-                cpus = max(1, (cores - 2) // workers)
-                encode = EncodeConfig(workers, 0 if tiny else 1 / workers, cpus, batch_frames=128)
+            ways = [(workers, 0) for workers in ((1,) if tiny else (1, 2, 4))]
+            for workers, vaes in ways + ([(1, 1), (4, 1)] if apart else []):
+                cpus = max(1, (cores - 2) // workers) if not (tiny and vaes) else 0.5
+                gpus = 0 if tiny else 1 if vaes else 1 / workers
+                encode = EncodeConfig(workers, gpus, cpus, batch_frames=128, vae_workers=vaes)
                 data = replace(DataConfig(encode=encode, fetch=FetchConfig(workers=2)), **{stream: source})
-                rate = job(data, vae, f"{folder}/{stream} {workers}", stream)
+                rate = job(data, vae, f"{folder}/{stream} {workers} {vaes}", stream)
                 print(
-                    f"{stream}, {workers} encoders on the GPU: {rate:.1f} rows/s, "
+                    f"{stream}, {workers} encoders {'beside' if vaes else 'on'} the GPU: {rate:.1f} rows/s, "
                     f"{rate * frames / frames_per_s:.0%} of the bare encoder",
                     flush=True,
                 )
@@ -137,4 +140,5 @@ def main(tiny: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="little of everything, on a CPU")
-    main(parser.parse_args().tiny)
+    parser.add_argument("--apart", action="store_true", help="also with data.encode.vae_workers 1")
+    main(**vars(parser.parse_args()))
