@@ -78,8 +78,8 @@ def compare_with_merged(base: UNet, lora: LoraConfig, call: tuple[Tensor, ...], 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     found = torch.autograd.grad(found.square().mean(), trained, materialize_grads=True)
     for one, other in zip(found, gradients, strict=True):
-        assert (one - other).norm() <= 1e-3 * other.norm() + 1e-6
-    assert sum(float(one.norm()) > 1e-5 for one in gradients) > len(gradients) / 2
+        assert (one - other).norm() <= 1e-3 * other.norm() + 1e-7
+    assert sum(bool(one.any()) for one in gradients) > len(gradients) / 2
 
 
 @LORAS
@@ -143,8 +143,10 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "data",
         folder,
         2,
-        *(leg(f"{stage} {kind}", stage, kind) for stage, kind in [(2, "fp32"), (0, "fp32"), (3, "bf16")]),
+        leg("2 fp32", 2, "fp32"),
         leg("resumed", 2, "fp32") | {"from": half},
+        leg("0 fp32", 0, "fp32"),
+        leg("3 bf16", 3, "bf16"),  # the last: at stage 3 DeepSpeed puts its own linear layer into the process
     )
     return folder
 
