@@ -53,16 +53,18 @@ class Online:
     def __call__(self, job: TrainJob, world: int, begun: Mapping[Stream, int]) -> dict[Stream, ray.actor.ActorHandle]:
         """An actor for each stream, which ends with the process that calls."""
         pools = share(job, self.data, world, ray.cluster_resources())
+        # By a node: or what an actor starts would have to find room in the ranks' placement group.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Encoding)  # type: ignore[call-overload]  # outside the ranks' placement group
+        actor = Encoding.options(scheduling_strategy=here)  # type: ignore[attr-defined]
         return {stream: actor.remote(self, stream, begun[stream], pools[stream]) for stream in STREAMS}
 
     def plan(self, stream: Stream) -> StreamPlan:
         return StreamPlan(stream, stored(storage.join(self.data_dir, "manifest", stream)), self.hashes[stream])
 
 
+@ray.remote(num_cpus=0)
 class Encoding:
-    """The rows of one stream from the raw shard numbered `begun` on, for ever; an actor."""
+    """The rows of one stream from the raw shard numbered `begun` on, for ever."""
 
     def __init__(self, online: Online, stream: Stream, begun: int, pool: Pool) -> None:
         self._online, self._pool, self._plan = online, pool, online.plan(stream)
@@ -75,13 +77,13 @@ class Encoding:
     def next(self) -> list[ray.ObjectRef]:
         """References to tables as t2v/online.py takes them.
 
-        ValueError if no row at all came of as many shards as there are.
+        ValueError if no row at all came of two epochs.
         """
         while (bundle := next(self._made, None)) is None:
             self._made = self._dataset().iter_internal_ref_bundles()
         self._dealt += len(bundle.block_refs)
         self._rows += bundle.num_rows()
-        if self._dealt >= self._shards and not self._rows:
+        if self._dealt >= 2 * self._shards and not self._rows:
             ledger = _ledger(self._online.data_dir, self._plan.stream)
             raise ValueError(f"{self._plan.stream}: none of {self._shards} raw shards has a usable row; see {ledger}")
         return bundle.block_refs
@@ -151,6 +153,8 @@ def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int)
         check_filters(data.filters)
     if data.filters.duplicates_across:
         raise ValueError("data.filters.duplicates_across needs all latents; with train.feed online set it to false")
+    if data.encode.vae_workers:
+        raise ValueError("data.encode.vae_workers: VAEs apart are for jobs/prepare_data.py; with train.feed online set 0")
     for stream in STREAMS:
         if getattr(data, stream).manifest is None:
             raise ValueError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from pipelines.config import ClipFilters, DataConfig, EncodeConfig, FetchConfig, StreamConfig
 from pipelines.online import Encoding, Pool, open_online, share
@@ -55,10 +56,11 @@ def test_a_manifest_of_which_no_row_can_be_used_ends_the_run_and_leaves_its_ledg
     online, sources = open_online(str(tmp_path / "run"), data, f"{tiny_model}/vae", 3)
     assert {stream: (one.rows, one.shards) for stream, one in sources.items()} == {"images": (6, 2), "videos": (6, 2)}
     assert sources["videos"].info.shape == (4, 16, 4, 4) and sources["images"].needs == {"CPU": 0.7, "GPU": 0}
-    encoding = Encoding(online, "images", 1, Pool(1, 1))
+    encoding = Encoding.remote(online, "images", 1, Pool(1, 1))  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="images: none of 2 raw shards has a usable row; see .*ledger_online/images"):
-        for _ in range(3):
-            encoding.next()
+        for _ in range(6):
+            ray.get(encoding.next.remote(), timeout=120)
+    ray.kill(encoding)
     ledger = pq.read_table(tmp_path / "run/data/ledger_online/images").to_pylist()
     assert {row["status"] for row in ledger} == {"not_media"} and len({row["row_id"] for row in ledger}) == 6
     changed = open_online(str(tmp_path / "run"), replace(data, size=64), f"{tiny_model}/vae", 3)[1]
@@ -70,6 +72,8 @@ def test_what_needs_all_latents_or_a_manifest_is_refused(tiny_model: str, tmp_pa
     with pytest.raises(ValueError, match=r"duplicates_across needs all latents"):
         filters = ClipFilters(duplicate_bits=4, duplicates_across=True)
         open_online(str(tmp_path), replace(data, filters=filters), vae, 3)
+    with pytest.raises(ValueError, match=r"data\.encode\.vae_workers: VAEs apart are for"):
+        open_online(str(tmp_path), replace(data, encode=replace(data.encode, vae_workers=2)), vae, 3)
     with pytest.raises(ValueError, match=r"data\.images\.manifest is not set"):
         open_online(str(tmp_path), replace(data, images=StreamConfig()), vae, 3)
     with pytest.raises(FileNotFoundError, match=r"model\.vae"):
