@@ -154,7 +154,7 @@ def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int)
     if data.filters.duplicates_across:
         raise ValueError("data.filters.duplicates_across needs all latents; with train.feed online set it to false")
     if data.encode.vae_workers:
-        raise ValueError("data.encode.vae_workers: VAEs apart are for jobs/prepare_data.py; with train.feed online set 0")
+        raise ValueError("data.encode.vae_workers: VAEs apart are for prepare_data; with train.feed online set it to 0")
     for stream in STREAMS:
         if getattr(data, stream).manifest is None:
             raise ValueError(

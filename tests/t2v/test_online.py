@@ -43,11 +43,8 @@ def untouched() -> Tables:
 
 
 def test_a_rank_takes_its_own_streams_alone_and_no_row_twice(job: TrainJob) -> None:
-    given = [
-        {"images": tables(job, "images"), "videos": untouched()},
-        {"images": untouched(), "videos": tables(job, "videos")},
-    ]
     for rank, stream in enumerate(STREAMS):
+        given = {each: tables(job, each) if each == stream else untouched() for each in STREAMS}
         begun = dict.fromkeys(STREAMS, 0)
         with closing(OnlineFeed(job, rank, 2, 5, draw, given, begun)) as feed:
             batches = [batch for step in islice(feed, 10) for batch in step]
