@@ -192,7 +192,7 @@ def test_what_a_run_needs_and_keeps(folder: Path, data: Path, tmp_path: Path) ->
     whole.train.trained = "lora"
     assert "parameters trained" in "\n".join(make_plan(whole).lines())
     with pytest.raises(ValueError, match="model.start is not set: train.trained lora"):
-        replace(whole, model=replace(whole.model, start=None)).inventory()
+        replace(whole, model=replace(whole.model, start=None)).sources()
     _keep_identity(whole)
     _keep_identity(whole)
     for changes in ({"lora": LoraConfig(rank=2)}, {"trained": "all"}):
