@@ -62,7 +62,7 @@ class NormProduct(Function):
         kernels.norm_backward_sums[grid](
             x, dy, affine, y, sums, p, c, rows, *ctx.chance, **ctx.switches, **NORM_BACKWARD_SUMS
         )
-        dkernel = _by_kernel(dout, y, kernel)
+        dkernel = _by_kernel(dout, y, kernel, ctx.needs_input_grad[4])
         found = torch.empty(5, n, c, device=x.device, dtype=torch.float32)
         kernels.norm_backward_finish[(n, stats.shape[1])](
             sums, shift, weight, affine, stats, found, p, c, len(sums), ctx.per_shift, **ctx.finish
@@ -98,7 +98,8 @@ class LayerNormProducts(Function):
         for dout, kernel in zip(douts[1:], after[1:], strict=True):
             dy.addmm_(dout.flatten(0, -2), kernel)
         dx, y, dparameters = _layer_norm_backward(x, dy, carried, weight, bias, stats)
-        dafter = (_by_kernel(dout, y, kernel) for dout, kernel in zip(douts, after, strict=True))
+        wanted = ctx.needs_input_grad[6:]
+        dafter = (_by_kernel(dout, y, *rest) for dout, *rest in zip(douts, after, wanted, strict=True))
         return dx, dx if ctx.added else None, *dparameters, None, *dafter
 
 
@@ -134,13 +135,15 @@ class FeedForwardProduct(Function):
             p, widen_bias, dgated, dp, gated, sums, dgated.numel() // width, width, rows, **GEGLU_BACKWARD
         )
         del p, dgated
-        dkernel = _by_kernel(dout, gated, kernel)
+        dkernel = _by_kernel(dout, gated, kernel, ctx.needs_input_grad[8])
         del gated
         dx, y, dparameters = _layer_norm_backward(
             x, dp.flatten(0, -2) @ widen, _by_input(dout, x, beside), weight, bias, stats
         )
-        dwiden, dwiden_bias = _by_kernel(dp, y, widen), sums.sum(0).flatten().to(widen_bias.dtype)
-        return dx, dx, *dparameters, None, dwiden, dwiden_bias, dkernel, _by_kernel(dout, x, beside), None
+        dwiden = _by_kernel(dp, y, widen, ctx.needs_input_grad[6])
+        dbeside = _by_kernel(dout, x, beside, ctx.needs_input_grad[9])
+        dwiden_bias = sums.sum(0).flatten().to(widen_bias.dtype)
+        return dx, dx, *dparameters, None, dwiden, dwiden_bias, dkernel, dbeside, None
 
 
 class Add(Function):
@@ -184,7 +187,7 @@ class TemporalAttentionProduct(Function):
         do = _by_input(dout, qkv, kernel)
         dqkv, o = torch.empty_like(qkv), torch.empty_like(do)
         attention.temporal_attention_backward[ctx.grid](qkv, do, dqkv, o, *ctx.call, **ctx.tile)
-        return dqkv, None, _by_kernel(dout, o, kernel)
+        return dqkv, None, _by_kernel(dout, o, kernel, ctx.needs_input_grad[2])
 
 
 class CrossAttentionProduct(Function):
@@ -213,7 +216,7 @@ class CrossAttentionProduct(Function):
         attention.short_attention_backward[(len(dkv), heads, b)](
             q, kv, do, dq, o, dkv, *ctx.call, rows, num_warps=8, **ctx.tile
         )
-        return dq, dkv.sum(0).to(kv.dtype), None, _by_kernel(dout, o, kernel)
+        return dq, dkv.sum(0).to(kv.dtype), None, _by_kernel(dout, o, kernel, ctx.needs_input_grad[3])
 
 
 def _layer_norm(
@@ -254,8 +257,10 @@ def _by_input(dout: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
     return _convolution_backward(dout, x, kernel, (True, False, False))[0].movedim(1, -1)
 
 
-def _by_kernel(dout: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-    """Gradient of product(x, kernel) by the kernel."""
+def _by_kernel(dout: Tensor, x: Tensor, kernel: Tensor, wanted: bool) -> Tensor | None:
+    """Gradient of product(x, kernel) by the kernel, unless that is frozen."""
+    if not wanted:
+        return None
     if kernel.ndim == 2:
         return dout.flatten(0, -2).t() @ x.flatten(0, -2)
     return _convolution_backward(dout, x, kernel, (False, True, False))[1]
