@@ -56,9 +56,15 @@ class Plan:
 
 
 def sample_flops(job: TrainJob) -> dict[Stream, float]:
-    """What one sample of each stream costs in training, forward and backward pass, in FLOPs."""
+    """What one sample of each stream costs in training, forward and backward pass, in FLOPs.
+
+    Frozen weights need no gradient; where only a part is trained, what that part's gradients cost is left out.
+    """
     size, tokens = job.size // 8, job.model.text.context
-    return {stream: float(unet_cost(job.model.unet, job.frames_of(stream), size, tokens).flops) for stream in STREAMS}
+    costs = {stream: unet_cost(job.model.unet, job.frames_of(stream), size, tokens) for stream in STREAMS}
+    return {
+        stream: float(cost.flops if job.train.trained == "all" else 2 * cost.forward) for stream, cost in costs.items()
+    }
 
 
 def make_plan(job: TrainJob) -> Plan:

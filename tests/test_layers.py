@@ -17,6 +17,7 @@ ROOMS = {
     "ray.train": {"t2v/worker.py"},
     "diffusers": {"t2v/frozen.py", "t2v/export.py", "pipelines/nano_vae.py"},
     "open_clip": {"t2v/frozen.py"},
+    "peft": {"t2v/lora.py"},
     "transformers": {"t2v/standins.py"},  # CLIPTextModel folders are read and written without it
 }
 CONFIGURATION = ("t2v/config.py", "pipelines/config.py", "jobs/config.py")

@@ -19,8 +19,8 @@ from t2v import fused, storage, validation
 from t2v.config import LoraConfig, TrainConfig, UNetConfig
 from t2v.lora import Adapter, LowRank, choose_trained, trained_shapes
 from t2v.memory import count_weights
-from t2v.plan import make_plan
-from t2v.published import diffusers_config
+from t2v.plan import make_plan, sample_flops
+from t2v.published import diffusers_config, start_weights
 from t2v.unet import UNet
 from t2v.worker import _keep_identity
 from tests.t2v.conftest import randomise
@@ -191,6 +191,10 @@ def test_what_a_run_needs_and_keeps(folder: Path, data: Path, tmp_path: Path) ->
     whole = job(str(tmp_path / "run"), 2)
     whole.train.trained = "lora"
     assert "parameters trained" in "\n".join(make_plan(whole).lines())
+    everything = sample_flops(replace(whole, train=replace(whole.train, trained="all")))
+    assert {stream: 2 * flops / 3 for stream, flops in everything.items()} == pytest.approx(sample_flops(whole))
+    with pytest.raises(ValueError, match="model.start: .* is an image model; train.trained lora adapts"):
+        start_weights(f"{data}/start", whole.model.unet, whole=True)
     with pytest.raises(ValueError, match="model.start is not set: train.trained lora"):
         replace(whole, model=replace(whole.model, start=None)).sources()
     _keep_identity(whole)
