@@ -1,9 +1,9 @@
 """Fuzzes the decoder entry: read_clip and read_image on files that hypothesis changes, in decoder processes.
 
-A case is a good or odd file of tests/pipelines/hostile.py with up to four edits (bits, numbers as headers hold them,
-bytes cut, doubled, moved in from another file). Hypothesis steers towards slow ones. A finding is a process that dies
-or overruns, or an answer of the wrong shape; running out of the process's memory is counted but is no finding, for
-that is what the bound is for. Findings are written to a folder; the exit status tells whether there were any.
+A case is a good or odd file of tests/pipelines/hostile_files.py with up to four edits (bits, numbers as headers hold
+them, bytes cut, doubled, moved in from another file). Hypothesis steers towards slow ones. A finding is a process that
+dies or overruns, or an answer of the wrong shape; running out of the process's memory is counted but is no finding,
+for that is what the bound is for. Findings are written to a folder; the exit status tells whether there were any.
 
     python tests/benchmarks/fuzz_decoders.py 600 > tests/benchmarks/results/fuzz_decoders.txt
 """
@@ -27,7 +27,7 @@ from pipelines.decoding import Decoders
 from pipelines.media import MediaError, read_clip
 from pipelines.pictures import read_image
 from tests.benchmarks.header import header
-from tests.pipelines import hostile
+from tests.pipelines import hostile_files
 
 SIZE, FRAMES, MAX_PIXELS, TIMEOUT_S, MAX_MEMORY_MB = 32, 16, 4_000_000, 10.0, 1024
 NUMBERS = [0, 1, 2, 127, 128, 255, 256, 32767, 65535, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
@@ -51,9 +51,9 @@ def edited(data: bytes, changes: list[Edit], other: bytes) -> bytes:
         number = NUMBERS[amount % len(NUMBERS)]
         match what:
             case "bit" if data:
-                data = hostile.patched(data, at, bytes([data[at] ^ 1 << amount % 8]))
+                data = hostile_files.patched(data, at, bytes([data[at] ^ 1 << amount % 8]))
             case "big" | "little":
-                data = hostile.patched(data, at, struct.pack(">I" if what == "big" else "<I", number))
+                data = hostile_files.patched(data, at, struct.pack(">I" if what == "big" else "<I", number))
             case "cut":
                 data = data[:at] + data[at + some :]
             case "double":
@@ -62,7 +62,7 @@ def edited(data: bytes, changes: list[Edit], other: bytes) -> bytes:
                 data = data[:at]
             case "graft":
                 start = int(part * len(other))
-                data = hostile.patched(data, at, other[start : start + some])
+                data = hostile_files.patched(data, at, other[start : start + some])
     return data
 
 
@@ -74,7 +74,7 @@ class Fuzzer:
         self.folder, self.ended, self.slowest_s, self.findings = folder, Counter[str](), 0.0, list[str]()
         self.bases = {
             kind: [body for body, statuses in made().values() if statuses == "ok"]
-            for kind, made in (("clip", hostile.videos), ("picture", hostile.pictures))
+            for kind, made in (("clip", hostile_files.videos), ("picture", hostile_files.pictures))
         }
 
     def decode(self, kind: str, body: bytes) -> str:

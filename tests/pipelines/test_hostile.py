@@ -21,7 +21,7 @@ from pipelines.download import open_engine
 from pipelines.media import read_clip
 from pipelines.prepare import prepare
 from t2v import shards
-from tests.pipelines import hostile
+from tests.pipelines import hostile_files, hostile_web
 from tests.pipelines.test_media import saved
 
 FETCH = FetchConfig(timeout_s=2, retries=0, max_bytes=3_000_000, max_pixels=4_000_000, allow_networks=["127.0.0.1/32"])
@@ -39,25 +39,27 @@ CAPTIONS = [
 @pytest.fixture(scope="module")
 def web():
     """All files and answers on one port of 127.0.0.1; the same port of 127.0.0.2 is not to be reached."""
-    files = {"videos": hostile.videos(), "images": hostile.pictures()}
+    files = {"videos": hostile_files.videos(), "images": hostile_files.pictures()}
     contents = {
-        f"/{stream}/{name}": hostile.whole(body) for stream, cases in files.items() for name, (body, _) in cases.items()
+        f"/{stream}/{name}": hostile_web.whole(body)
+        for stream, cases in files.items()
+        for name, (body, _) in cases.items()
     }
     for number in range(8):
-        contents[f"/videos/good-{number}"] = hostile.whole(hostile.clip(6 + number / 4))
-        picture = hostile.Image.linear_gradient("L").rotate(9 * number)
-        contents[f"/images/good-{number}"] = hostile.whole(saved(picture, "JPEG"))
-    contents |= {f"/answers/{name}": answer for name, (answer, _) in hostile.answers().items()}
-    with hostile.serve(contents) as (port, _), hostile.serve({}, "127.0.0.2", port) as (_, canary):
-        contents |= {f"/answers/{name}": answer for name, (answer, _) in hostile.redirects(port).items()}
+        contents[f"/videos/good-{number}"] = hostile_web.whole(hostile_files.clip(6 + number / 4))
+        picture = hostile_files.Image.linear_gradient("L").rotate(9 * number)
+        contents[f"/images/good-{number}"] = hostile_web.whole(saved(picture, "JPEG"))
+    contents |= {f"/answers/{name}": answer for name, (answer, _) in hostile_web.answers().items()}
+    with hostile_web.serve(contents) as (port, _), hostile_web.serve({}, "127.0.0.2", port) as (_, canary):
+        contents |= {f"/answers/{name}": answer for name, (answer, _) in hostile_web.redirects(port).items()}
         base = f"http://127.0.0.1:{port}"
         wanted = {
             stream: {f"{base}/{stream}/{name}": statuses for name, (_, statuses) in cases.items()}
             for stream, cases in files.items()
         }
-        strange = {f"{base}/answers/{name}": statuses for name, (_, statuses) in hostile.answers().items()}
-        strange |= {f"{base}/answers/{name}": statuses for name, (_, statuses) in hostile.redirects(port).items()}
-        wanted["images"] |= strange | hostile.urls(port)
+        strange = {f"{base}/answers/{name}": statuses for name, (_, statuses) in hostile_web.answers().items()}
+        strange |= {f"{base}/answers/{name}": statuses for name, (_, statuses) in hostile_web.redirects(port).items()}
+        wanted["images"] |= strange | hostile_web.urls(port)
         yield base, wanted, canary
         assert not canary
 
@@ -130,10 +132,10 @@ def test_good_rows_are_as_they_are_without_bad_ones(runs):
 
 
 def test_a_cover_is_not_taken_for_the_video():
-    with av.open(io.BytesIO(hostile.covered())) as container:
+    with av.open(io.BytesIO(hostile_files.covered())) as container:
         assert container.streams.video[0].disposition & av.stream.Disposition.attached_pic
-    frames = read_clip(hostile.covered(), 16, 3.0, 32, key="a").frames
-    np.testing.assert_array_equal(frames, read_clip(hostile.clip(), 16, 3.0, 32, key="a").frames)
+    frames = read_clip(hostile_files.covered(), 16, 3.0, 32, key="a").frames
+    np.testing.assert_array_equal(frames, read_clip(hostile_files.clip(), 16, 3.0, 32, key="a").frames)
 
 
 def test_captions_are_kept_as_far_as_they_can_be_stored(runs):
