@@ -61,7 +61,7 @@ import os, sys, time
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import ray
 from t2v.watch import Pulse, Watch
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
 pulse = Pulse(Watch.remote(3.0), 0, 1)
 pulse.samples = 7
 time.sleep(60)
