@@ -10,7 +10,6 @@ import sys
 from dataclasses import asdict
 
 from jobs.config import Config, job, parse, parser
-from jobs.corpus import own_corpus
 
 
 def main() -> None:
@@ -23,12 +22,13 @@ def main() -> None:
     if asked.status or asked.verify:
         return _look(config, asked.verify)
     with job("prepare_data", config):
+        from pipelines.corpus import own_corpus
         from pipelines.prepare import prepare
         from t2v import storage
 
         note = storage.join(config.run_dir, "data", "funnel.json")
         before = storage.read_json(note) if storage.exists(note) else None
-        with own_corpus(config):
+        with own_corpus(config.run_dir, config.corpus):
             prepare(config.run_dir, config.data, config.model.vae, config.seed)
         if (funnel := storage.read_json(note)) != before:
             _record(config, funnel)

@@ -4,8 +4,9 @@ import csv
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from pipelines.config import CorpusConfig
 from pipelines.shapes import COLOURS, Scene, caption, draw_scene, render
 from pipelines.video import write_mp4
-from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
+from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS, serve
 from t2v import storage
 
 
@@ -48,6 +49,19 @@ def write_corpus(folder: str | Path, config: CorpusConfig, base_url: str) -> Non
     _write_laion(folder / "laion.parquet", _shuffled(images, config.seed), base_url, config.seed)
     _write_msrvtt(folder / "test.csv", test)
     _write_summary(folder / "corpus.json", config, base_url, len(videos), len(images))
+
+
+@contextmanager
+def own_corpus(run_dir: str, config: CorpusConfig | None) -> Iterator[None]:
+    """Makes the corpus of a run that has one, if it is not there yet, and serves it on loopback meanwhile."""
+    if config is None:
+        yield
+        return
+    folder = f"{run_dir}/corpus"
+    with serve(folder, corpus_port(folder)) as base_url:
+        print(f"[corpus] {folder}, served on {base_url}", flush=True)
+        write_corpus(folder, config, base_url)
+        yield
 
 
 def corpus_port(folder: str | Path) -> int:

@@ -19,6 +19,7 @@ from pipelines.ledger import write_ledger
 from pipelines.manifests import read_shard, stored
 from pipelines.prepare import ShardFetcher, StreamPlan, plan_streams
 from pipelines.ray_data import quieten
+from pipelines.vaes import VaeFacts, vae_facts
 from t2v import storage
 from t2v.config import Stream
 from t2v.job import STREAMS, Source, TrainJob
@@ -146,6 +147,8 @@ class RowEncoder:
 
 def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> tuple[Online, dict[Stream, Source]]:
     """What encodes both streams, and what they are; ValueError or FileNotFoundError if that cannot work."""
+    from t2v.frozen import load_vae
+
     encoder = encoder_id(vae_path)
     if data.filters != ClipFilters():
         from pipelines.filters import check_filters
@@ -163,20 +166,15 @@ def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int)
     data_dir = storage.join(storage.absolute(run_dir), "data")
     plans = plan_streams(data_dir, data, encoder, seed)
     hashes = {plan.stream: plan.data_hash for plan in plans}
+    facts = vae_facts(load_vae(str(vae_path)), data.size)
     online = Online(data_dir, data, storage.absolute(str(vae_path)), encoder, seed, hashes)
-    return online, {plan.stream: _source(plan, data, online.vae_path) for plan in plans}
+    return online, {plan.stream: _source(plan, data, facts) for plan in plans}
 
 
-def _source(plan: StreamPlan, data: DataConfig, vae_path: str) -> Source:
-    import torch
-
-    from t2v.frozen import load_vae
-
-    vae = load_vae(vae_path)
-    black = torch.zeros(1, data.size, data.size, 3, dtype=torch.uint8)
-    channels, height, width = vae.encode(black)[0].shape[1:]
+def _source(plan: StreamPlan, data: DataConfig, facts: VaeFacts) -> Source:
+    channels, height, width = facts.shape
     shape = (channels, data.frames if plan.stream == "videos" else 1, height, width)
-    info = LatentInfo(plan.stream, shape, vae.id, vae.scale, plan.data_hash)
+    info = LatentInfo(plan.stream, shape, facts.id, facts.scale, plan.data_hash)
     manifest = plan.manifest
     captions = [row["caption"] for row in read_shard(manifest.path, 0) if not row["status"]]
     needs = {"CPU": data.fetch.cpus_per_task + data.encode.cpus_per_worker, "GPU": data.encode.gpus_per_worker}

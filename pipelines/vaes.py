@@ -31,6 +31,14 @@ class VaeFacts(NamedTuple):
     shape: tuple[int, int, int]
 
 
+def vae_facts(vae: Any, size: int) -> VaeFacts:
+    """What a VAE (t2v/frozen.py) says of frames of so many pixels a side, once it has encoded one."""
+    import torch
+
+    black = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    return VaeFacts(vae.id, vae.scale, vae.encode(black)[0].shape[1:])
+
+
 class VaePool(NamedTuple):
     """The actors that hold a VAE each, LocalVae all of them, and what they said of it."""
 
@@ -54,8 +62,7 @@ class LocalVae:
         self._is_free = Lock()
         if self._vae.id != encoder:
             raise ValueError(f"{vae_path}: weights {self._vae.id} here, but {encoder} where the run was started")
-        black = np.zeros((1, size, size, 3), np.uint8)
-        self._facts = VaeFacts(self._vae.id, self._vae.scale, self.encode(black)[0].shape[1:])
+        self._facts = vae_facts(self._vae, size)
 
     def facts(self) -> VaeFacts:
         return self._facts
@@ -64,7 +71,7 @@ class LocalVae:
         """Mean and log-variance, fp16 [n, c, h, w] each, of frames uint8 [n, y, x, 3]."""
         import torch
 
-        pixels = torch.tensor(frames)  # a copy, for what comes through the object store cannot be written to
+        pixels = torch.from_numpy(np.require(frames, requirements="W"))  # what the object store gives is copied
         with self._is_free:
             mean, logvar = (part.half().cpu().numpy() for part in self._vae.encode(pixels))
         return mean, logvar
@@ -77,9 +84,8 @@ class RemoteVae:
 
     def __init__(self, pool: VaePool) -> None:
         self._facts = pool.facts
-        self._actors = sample(pool.actors, len(pool.actors))  # so that not all encoders begin with the same one
+        self._actors = pool.actors
         self._calls: dict[Any, int] = {}  # those without an answer, each with the number of its actor
-        self._turn = list(range(len(self._actors)))  # whoever was called last is called again last
         self._lock = Lock()
 
     def facts(self) -> VaeFacts:
@@ -103,9 +109,8 @@ class RemoteVae:
             waiting = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)[1] if calls else []
             self._calls = {call: self._calls[call] for call in waiting}
             busy = Counter(self._calls.values())
-            actor = min(self._turn, key=lambda number: busy[number])
-            self._turn.remove(actor)
-            self._turn.append(actor)
+            numbers = range(len(self._actors))
+            actor = min(sample(numbers, len(numbers)), key=busy.__getitem__)
             call = self._actors[actor].encode.remote(frames)
             self._calls[call] = actor
             return call

@@ -146,14 +146,11 @@ class Trainer:
         return {"samples": 0, "skipped_steps": 0}
 
     def _feed(self) -> ReadAhead:
-        place, pin = (
-            (self.job, self.rank, self.world, self.samples // self.step.total),
-            self.engine.device.type == "cuda",
-        )
-        if self.job.train.feed == "online":
-            tables = self.host.tables(self.raw_begun)
-            return OnlineFeed(*place, self.diffusion.draw, tables, self.raw_begun, pin)
-        return Feed(*place, self.diffusion.draw, pin)
+        place = self.job, self.rank, self.world, self.samples // self.step.total, self.diffusion.draw
+        pin = self.engine.device.type == "cuda"
+        if self.job.raw:
+            return OnlineFeed(*place, self.host.tables(self.raw_begun), self.raw_begun, pin)
+        return Feed(*place, pin)
 
     def _train(self, feed: ReadAhead) -> None:
         self._begin_interval(feed)

@@ -224,6 +224,8 @@ class _Host:
 
     def news(self) -> str:
         context, info = ray.train.get_context(), ray.train.get_preemption_info()
+        if not info and self._job.train.min_workers is None:
+            return ""  # on all ranks, without asking them
         lost, deadline_ms = (info.preempted_ranks, info.deadline_ms) if info else ([], None)
         told = None
         if context.get_world_rank() == 0:  # by its clock, and by what it sees of the cluster
