@@ -232,7 +232,7 @@ def s3(folder: Path) -> None:
     finish(start("train", copy, cluster.address, changes, run), copy)
     prompts = copy / "prompts.txt"
     prompts.write_text("a red circle moves left\n")
-    finish(start("generate", copy, cluster.address, {"prompts": str(prompts)}, run), copy)
+    finish(start("generate", copy, cluster.address, {"prompts": str(prompts), "sample.cpus_per_worker": 1}, run), copy)
     bucket.get(f"{run}/train", f"{copy}/train", recursive=True)
     print(f"  ranks were started from {[begun['samples'] for begun in starts(copy)]} samples")
     for part in ("train/checkpoint_*/*", "train/milestones/**", "train/model/**", "train/*.json*", "samples/**"):
