@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +106,8 @@ class Record:
     def _open(self) -> tuple[mlflow.MlflowClient, str]:
         """The run, as the outbox's thread finds or makes it before what it tells first."""
         if not self._opened:
+            if not os.environ.get("MLFLOW_TRACKING_URI"):
+                _make_database(storage.local_path(self._run_dir))
             client = mlflow.MlflowClient(self._uri)
             if storage.exists(self._note):
                 run_id = storage.read_json(self._note)["run_id"]
@@ -138,6 +142,25 @@ def machine_monitors() -> "list[BaseMetricsMonitor]":
         return [*monitors, GPUMonitor()]
     except (ImportError, RuntimeError):  # no GPU, or nothing (nvidia-ml-py) to read it with
         return monitors
+
+
+def _make_database(folder: str) -> None:
+    """Makes MLflow's SQLite file in `folder`, unless it is there, whole or not at all.
+
+    MLflow takes seconds to make the tables, and cannot open a file of which a kill has left it some, nor make them
+    while another process does.
+    """
+    path = os.path.join(folder, "mlflow.db")
+    if os.path.exists(path):
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=folder) as beside:
+        made = os.path.join(beside, "mlflow.db")
+        SqlAlchemyStore(f"sqlite:///{made}", os.path.join(folder, "mlruns")).engine.dispose()
+        with suppress(FileExistsError):  # another process was faster
+            os.link(made, path)
 
 
 def _complete(client: mlflow.MlflowClient, run_id: str, params: Mapping[str, str]) -> None:

@@ -2,7 +2,10 @@
 
 import logging
 import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -176,3 +179,23 @@ def test_a_remote_folder_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI to a server"):
         tracking_uri("s3://bucket/run")
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path) -> None:
+    """Of tables that a kill has left MLflow makes no database any more."""
+    script = f"from t2v.record import Record; Record({str(tmp_path)!r}, 'train', {{'seed': 0}}).close(timeout_s=120)"
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        while process.poll() is None and not any(path.stat().st_size > 50_000 for path in tmp_path.rglob("mlflow.db")):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "mlflow.db").exists()
+    Record(str(tmp_path), "train", {"seed": 1}).close(timeout_s=120)
+    assert the_run(tmp_path).data.params == {"seed": "1"}
+
+
+def test_processes_that_begin_at_once_share_one_database(tmp_path: Path) -> None:
+    jobs = ["prepare_data", "train"]
+    for record in [Record(str(tmp_path), job, {"seed": 0}) for job in jobs]:
+        record.close(timeout_s=120)
+    assert [the_run(tmp_path, job).data.params for job in jobs] == [{"seed": "0"}] * 2

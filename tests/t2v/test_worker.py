@@ -39,9 +39,12 @@ def new_job(data: Path, run_dir: Path, steps: int = 40) -> TrainJob:
 
 
 def kill_a_rank(run_dir: Path, killed: list[int]) -> None:
-    """SIGKILL, once there is a checkpoint."""
+    """SIGKILL, once there is a checkpoint of both ranks."""
     end = time.monotonic() + 120
-    while not list(run_dir.glob("train/checkpoint_2*/rank-00001.json")) and time.monotonic() < end:
+    while time.monotonic() < end:
+        shares = [len(list(folder.glob("rank-*.json"))) for folder in run_dir.glob("train/checkpoint_2*")]
+        if 2 in shares:
+            break
         time.sleep(0.05)
     ranks = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in each.name()]
     for process in ranks[:1]:
