@@ -98,7 +98,7 @@ class Engine:
         """The UNet's forward pass."""
         return self.engine.module(*inputs) if self._gradients else self.engine(*inputs)
 
-    def backward(self, loss: Tensor, weight: float) -> None:
+    def backward(self, loss: Tensor, weight: Tensor | float) -> None:
         """Adds one slot's gradient, which counts `weight` in the step's."""
         if self._gradients:
             return self.optimizer.scale_if_loss(loss * weight).backward()

@@ -51,7 +51,7 @@ def norm_product(
     if _on_gpu(x):
         from t2v.recompute import NormProduct
 
-        seed = int(torch.randint(2**31, ())) if dropout else 0
+        seed = torch.randint(2**31, (), device=x.device) if dropout else None  # the GPU's own, so that graphs draw anew
         return NormProduct.apply(x, shift, weight, bias, kernel, groups, eps, silu, dropout, seed)
     y = x
     if shift is not None:

@@ -21,10 +21,10 @@ def _silu_dropped(x, keep, scale, SILU: tl.constexpr):
 
 @triton.jit
 def _keep(row, col, seed, threshold, DROP: tl.constexpr):
-    """Which elements dropout leaves: a hash of (row, column, seed), so that the backward pass finds the same ones."""
+    """Which elements dropout leaves: a hash of (row, column, *seed), so that the backward pass finds the same ones."""
     if not DROP:
         return tl.full([row.shape[0], col.shape[0]], 1, tl.int1)
-    h = (row.to(tl.uint32) + seed.to(tl.uint32)) * 0x9E3779B1
+    h = (row.to(tl.uint32) + tl.load(seed).to(tl.uint32)) * 0x9E3779B1
     h = ((h ^ (h >> 15)) * 0x85EBCA77)[:, None] + (col.to(tl.uint32) * 0xC2B2AE3D)[None]
     return (h ^ (h >> 15)) * 0x2C1B3C6D >= threshold.to(tl.uint32)
 
@@ -90,7 +90,7 @@ def norm_finish(
     tl.store(at + 1, rstd)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def norm_apply(
     x, affine, y, P, C, seed, threshold, scale, SILU: tl.constexpr, DROP: tl.constexpr, R: tl.constexpr, K: tl.constexpr
 ):
@@ -105,7 +105,7 @@ def norm_apply(
     tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def norm_backward_sums(
     x, dy, affine, y, sums, P, C, rows, seed, threshold, scale,
     SILU: tl.constexpr, DROP: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
@@ -157,7 +157,7 @@ def norm_backward_finish(
     tl.store(to + 4 * N * C, rstd * w * dbias + k2 * total + P * k3, mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def norm_backward_apply(
     x, dy, carried, affine, k, dx, P, C, seed, threshold, scale,
     SILU: tl.constexpr, DROP: tl.constexpr, CARRIED: tl.constexpr, R: tl.constexpr, K: tl.constexpr,

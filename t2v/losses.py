@@ -3,13 +3,10 @@
 b samples, c channels, f frames, h w latent size, l tokens, d text width.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from t2v.config import Stream
-from t2v.diffusion import Diffusion
 from t2v.feed import Batch
 from t2v.frozen import TextEncoder
 from t2v.job import STREAMS
@@ -17,18 +14,12 @@ from t2v.job import STREAMS
 BUCKETS = 4  # into which timesteps are divided where losses are told apart
 
 
-def batch_losses(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
-    batch: Batch,
-    scale: float,
-    diffusion: Diffusion,
-    text: TextEncoder,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Eq. 5 for each sample of a batch, fp32 [b], and their timesteps [b]; `unet` computes in `dtype`.
+def loss_inputs(
+    batch: Batch, scale: float, text: TextEncoder, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What Diffusion.loss takes beside the UNet, which computes in `dtype`: latents, text, timesteps and noise.
 
-    `scale` brings latents to unit variance. All chance but dropout is the batch's own.
+    `scale` brings latents to unit variance. All chance is the batch's own.
     """
     draw = batch.draw
     latents = batch.mean.to(device, non_blocking=True).float()  # b c f h w
@@ -38,8 +29,7 @@ def batch_losses(
     latents *= scale
     states = text.encode(draw.kept(batch.captions)).to(dtype)  # b l d
     noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timesteps.to(device, non_blocking=True)
-    losses = diffusion.loss(lambda z, t, s: unet(z.to(dtype), t, s), latents, states, timesteps, noise)
-    return losses, timesteps
+    return latents, states, timesteps, noise
 
 
 def add_losses(tally: Tensor, stream: Stream, losses: Tensor, timesteps: Tensor, of: int) -> None:

@@ -39,7 +39,8 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
         "communication": _buckets(train),
         "activations": max(activation_bytes(job, slot) for slots in ranks for slot in slots) + _bytes(train) * adapted,
     }
-    during_update = {"gradients": update, "communication": 0.0, "activations": 0.0}
+    kept = during_passes["activations"] if train.graphs else 0.0
+    during_update = {"gradients": update, "communication": 0.0, "activations": kept}
     parts = {
         "weights": _weights(train, weights) + (0.0 if train.precision == "fp32" else _bytes(train) * float(adapted)),
         "optimizer and average": _states(train, trained),

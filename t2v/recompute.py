@@ -30,7 +30,7 @@ class NormProduct(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, kernel: Tensor,
-        groups: int, eps: float, silu: bool, dropout: float, seed: int,
+        groups: int, eps: float, silu: bool, dropout: float, seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x = x.contiguous()
         n, c, p = x.shape[0], x.shape[-1], x[0].numel() // x.shape[-1]
@@ -39,7 +39,7 @@ class NormProduct(Function):
         group = c // groups
         ctx.finish = {"SHIFT": shift is not None, "CG": group, "K": _next_power_of_2(group), "Q": 16}
         ctx.per_shift = 1 if shift is None else n // len(shift)
-        ctx.chance = (seed, int(dropout * 2**32), 1 / (1 - dropout))
+        ctx.chance = (int(dropout * 2**32), 1 / (1 - dropout))
         ctx.switches = {"SILU": silu, "DROP": dropout > 0}
         grid, rows, sums = _shared_out(x, n, SUMS)
         kernels.column_sums[grid](x, sums, p, c, rows, **SUMS)
@@ -47,20 +47,20 @@ class NormProduct(Function):
             sums, shift, weight, bias, affine, stats, p, c, eps, len(sums), ctx.per_shift, **ctx.finish
         )
         y, tile = torch.empty_like(x), NORM if c % NORM_WIDE["K"] else NORM_WIDE
-        kernels.norm_apply[(n, *_tiles(p, c, tile))](x, affine, y, p, c, *ctx.chance, **ctx.switches, **tile)
-        ctx.save_for_backward(x, shift, weight, kernel, affine, stats)
+        kernels.norm_apply[(n, *_tiles(p, c, tile))](x, affine, y, p, c, seed, *ctx.chance, **ctx.switches, **tile)
+        ctx.save_for_backward(x, shift, weight, kernel, affine, stats, seed)
         ctx.set_materialize_grads(False)
         return product(y, kernel), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, carried: Tensor | None) -> tuple:
-        x, shift, weight, kernel, affine, stats = ctx.saved_tensors
+        x, shift, weight, kernel, affine, stats, seed = ctx.saved_tensors
         n, c, p = x.shape[0], x.shape[-1], x[0].numel() // x.shape[-1]
         dy = _by_input(dout, x, kernel).contiguous()
         y = torch.empty_like(x)
         grid, rows, sums = _shared_out(x, n, NORM_BACKWARD_SUMS)
         kernels.norm_backward_sums[grid](
-            x, dy, affine, y, sums, p, c, rows, *ctx.chance, **ctx.switches, **NORM_BACKWARD_SUMS
+            x, dy, affine, y, sums, p, c, rows, seed, *ctx.chance, **ctx.switches, **NORM_BACKWARD_SUMS
         )
         dkernel = _by_kernel(dout, y, kernel, ctx.needs_input_grad[4])
         found = torch.empty(5, n, c, device=x.device, dtype=torch.float32)
@@ -70,7 +70,7 @@ class NormProduct(Function):
         dx, carried = y, carried if carried is None else carried.contiguous()  # y is of no more use
         switches = {"CARRIED": carried is not None, **ctx.switches, **NORM_BACKWARD}
         kernels.norm_backward_apply[(n, *_tiles(p, c, NORM_BACKWARD))](
-            x, dy, carried, affine, found, dx, p, c, *ctx.chance, **switches
+            x, dy, carried, affine, found, dx, p, c, seed, *ctx.chance, **switches
         )
         dweight, dbias = found[2:4].sum(1).to(weight.dtype)
         dshift = None if shift is None else found[4].view(len(shift), -1, c).sum(1).to(shift.dtype)

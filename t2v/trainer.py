@@ -24,8 +24,9 @@ from t2v.config import Stream, TrainConfig
 from t2v.diffusion import Diffusion
 from t2v.engine import Engine, Staged
 from t2v.feed import Batch, Feed, ReadAhead
+from t2v.graphs import Graphs
 from t2v.job import STREAMS, TrainJob
-from t2v.losses import BUCKETS, add_losses, batch_losses, losses_of
+from t2v.losses import BUCKETS, add_losses, loss_inputs, losses_of
 from t2v.online import OnlineFeed, Tables
 from t2v.order import generator
 from t2v.plan import sample_flops
@@ -92,6 +93,7 @@ class Trainer:
         self.engine = Engine(unet, job.train, len(self.slots))
         self.text = frozen.load_text(job.model.text, self.engine.device)
         self.diffusion = Diffusion(job.diffusion)
+        self.passes = Graphs(self._pass) if job.train.graphs else self._pass
         state = self._resume(checkpoints)
         self.samples, self.skipped_steps = state["samples"], state["skipped_steps"]
         self.raw_begun: dict[Stream, int] = dict.fromkeys(STREAMS, 0) | state.get("raw_begun", {})
@@ -186,8 +188,7 @@ class Trainer:
         own = []  # what this rank trains on, for a diagnosis
         for batch in batches:
             own.append(f"{batch.slot.stream} {batch.sample[0]}-{batch.sample[-1]}")
-            losses, timesteps = self._losses(batch)
-            self.engine.backward(losses.mean(), batch.slot.weight)
+            losses, timesteps = self._learn(batch)
             add_losses(tally, batch.slot.stream, losses, timesteps, of=self.diffusion.config.timesteps)
         looks = self.rank == 0 and time.monotonic() - self.looked > LOOK_S
         votes = torch.tensor([looks, self.host.wants_stop()], dtype=torch.float32)
@@ -224,12 +225,21 @@ class Trainer:
                 "train.learning_rate or train.clip_norm, another train.precision, or look for these samples' rows"
             )
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses of one slot's samples [b], and their timesteps [b]."""
+    def _learn(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of one slot's samples; returns their losses [b] and timesteps [b]."""
         dropout_seed = generator(self.job.seed, batch.slot.stream, "dropout", batch.sample[0]).integers(2**31)
         torch.manual_seed(int(dropout_seed))
         scale, engine = self.sources[batch.slot.stream].info.scale, self.engine
-        return batch_losses(engine.unet, batch, scale, self.diffusion, self.text, engine.device, engine.dtype)
+        inputs = loss_inputs(batch, scale, self.text, engine.device, engine.dtype)
+        weight = torch.full((), batch.slot.weight, device=engine.device)
+        return self.passes(weight, *inputs), inputs[2]
+
+    def _pass(self, weight: Tensor, *inputs: Tensor) -> Tensor:
+        """Forward and backward of what loss_inputs gives; losses (eq. 5), fp32 [b]."""
+        engine = self.engine
+        losses = self.diffusion.loss(lambda z, t, s: engine.unet(z.to(engine.dtype), t, s), *inputs)
+        engine.backward(losses.mean(), weight)
+        return losses.detach()
 
     def _begin_interval(self, feed: ReadAhead) -> None:
         self.tallies.clear()

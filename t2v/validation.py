@@ -13,7 +13,7 @@ from t2v.feed import held_out_batches
 from t2v.frozen import load_text
 from t2v.job import STREAMS, TrainJob
 from t2v.lora import Adapter, choose_trained, trained_shapes
-from t2v.losses import BUCKETS, add_losses, batch_losses, losses_of
+from t2v.losses import BUCKETS, add_losses, loss_inputs, losses_of
 from t2v.published import start_weights
 from t2v.unet import UNet
 
@@ -47,8 +47,9 @@ def held_out_losses(job: TrainJob) -> dict[str, float]:
         size = max(1, job.train.mix.frames_per_slot // job.frames_of(stream) // 4)
         scale = sources[stream].info.scale
         for batch in held_out_batches(job, stream, size, diffusion.draw):
-            losses, timesteps = batch_losses(unet, batch, scale, diffusion, text, device, dtype)
-            add_losses(tally, stream, losses, timesteps, of=job.diffusion.timesteps)
+            inputs = loss_inputs(batch, scale, text, device, dtype)
+            losses = diffusion.loss(lambda z, t, s: unet(z.to(dtype), t, s), *inputs)
+            add_losses(tally, stream, losses, inputs[2], of=job.diffusion.timesteps)
     return losses_of(tally, "held_out")
 
 

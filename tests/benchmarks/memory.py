@@ -1,10 +1,10 @@
 """Peak memory of training steps through t2v/engine.py on one GPU, beside what t2v/memory.py predicts.
 
-    python tests/benchmarks/memory.py [tiny]
+    python tests/benchmarks/memory.py [tiny] [CASE ...]
 
-Three configurations of the published model, ZeRO-2, each in a process of its own: a small batch, a large one, and a
-larger one that recomputes gates. `tiny` shows on a CPU, with a small model, that the script works; there is
-no memory to measure there.
+Configurations of the published model, ZeRO-2 in bf16 unless they say otherwise, each in a process of its own: a small
+batch, a large one, a larger one that recomputes gates, and small ones in fp16, with ZeRO-3 and with low-rank updates
+alone. `tiny` shows on a CPU, with a small model, that the script works; there is no memory to measure there.
 """
 
 import os
@@ -13,15 +13,22 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-CASES = ("small batch", "large batch", "gates")
+CASES = {  # frames of a slot and of a micro-batch, and what else is set
+    "small": (16, 16, {}),
+    "large": (320, 160, {}),
+    "gates": (256, 256, {"recompute": "gates"}),
+    "fp16": (32, 16, {"precision": "fp16"}),
+    "zero-3": (32, 16, {"zero_stage": 3}),
+    "lora": (160, 160, {"trained": "lora"}),
+}
 STEPS = 2  # the second one finds AdamW's moments there
 
 
-def main(tiny: bool) -> None:
+def main(tiny: bool, cases: list[str]) -> None:
     from header import header
 
     print(header(), flush=True)
-    for case in CASES:
+    for case in cases or CASES:
         command = [sys.executable, __file__, "only", case, *(["tiny"] if tiny else [])]
         done = subprocess.run(command, timeout=420)
         if done.returncode:
@@ -32,10 +39,9 @@ def make_job(case: str, tiny: bool) -> object:
     from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
     from t2v.job import TrainJob
 
-    frames = {"small batch": (16, 16), "large batch": (320, 160), "gates": (256, 256)}[case]
-    mix = MixConfig(slots=2, image_every=2, frames_per_slot=frames[0], micro_frames=frames[1])
-    recompute = "gates" if case == "gates" else "activations"
-    train = TrainConfig(workers=1, gpus_per_worker=0 if tiny else 1, recompute=recompute, mix=mix)
+    slot, micro, settings = CASES[case]
+    mix = MixConfig(slots=2, image_every=2, frames_per_slot=slot, micro_frames=micro)
+    train = TrainConfig(workers=1, gpus_per_worker=0 if tiny else 1, mix=mix, **settings)
     text = TextConfig("random", layers=23, skip_layers=0)
     unet = UNetConfig()
     if tiny:
@@ -73,4 +79,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["only"]:
         only(sys.argv[2], tiny)
     else:
-        main(tiny)
+        main(tiny, [name for name in sys.argv[1:] if name != "tiny"])

@@ -1,9 +1,10 @@
 """Training at the published size through jobs/train.py, and what its engine costs beside plain PyTorch.
 
-python tests/benchmarks/train_gpu.py FOLDER PART ...      parts: bare, job=N, packed=N, rank=N, engines=N; N are GPUs
+python tests/benchmarks/train_gpu.py FOLDER PART ...   parts: bare, job=N, small=N, packed=N, rank=N, engines=N; N are GPUs
 
 A step trains on 256 images and 7 x 16 clips (latents 4 x 16 x 32 x 32, text 77 x 1024), each a slot of 256 frames, on
-any number of GPUs, with gates recomputed; `packed` and `rank` on the paper's printed batch sizes, scaled to the GPUs.
+any number of GPUs, with gates recomputed; `small` in micro-batches of half a slot; `packed` and `rank` on a tenth of
+the paper's printed batch sizes. Those with an x at the end (small=1x) replay CUDA graphs (train.graphs).
 `bare` is the UNet alone on random inputs: forward and backward of the same slots, AdamW on fp32 masters, on one GPU.
 Weights and latents are random. `--tiny` is the same at a size that a CPU bears, to try the script.
 """
@@ -54,7 +55,7 @@ def prepare(folder: Path) -> None:
             write_shard(str(path), info, names, captions, mean, mean - 4, [3.0] * rows, [0.0] * rows)
 
 
-def job(folder: Path, gpus: int, mix: dict[str, Any], name: str, checkpoint: bool) -> dict[str, float]:
+def job(folder: Path, gpus: int, mix: dict[str, Any], name: str, checkpoint: bool, graphs: bool) -> dict[str, float]:
     """Runs jobs/train.py until enough lines are logged, then stops it as a cluster would; what its log says.
 
     With `checkpoint` it begins one once enough lines are logged, and goes on until that is written.
@@ -69,6 +70,7 @@ def job(folder: Path, gpus: int, mix: dict[str, Any], name: str, checkpoint: boo
         "train": {
             "workers": gpus, "gpus_per_worker": 0 if TINY else 1, "cpus_per_worker": 1 if TINY else 8, "samples": 10**8,
             "precision": "fp32" if TINY else "bf16", "recompute": "gates", "shuffle_rows": 800,
+            "graphs": graphs and not TINY,
             "log_every_s": 0.5 if TINY else 4.0,
             "keep_checkpoints": 1, "milestone_every_samples": 10**8,
             "checkpoint_every_samples": (8 if TINY else 5 + 5 * gpus) * STEP if checkpoint else 10**8,
@@ -139,9 +141,9 @@ def summary(name: str, lines: list[dict], seconds: float, gpus: int) -> dict[str
     return {"rate": rates.get("no checkpoint", 0.0)}
 
 
-def even() -> dict[str, Any]:
-    """Slots of equal frames, as the paper's are read here."""
-    return {"frames_per_slot": IMAGES}
+def even(halved: bool) -> dict[str, Any]:
+    """Slots of equal frames, as the paper's are read here, each in one micro-batch or in two."""
+    return {"frames_per_slot": IMAGES} | ({"micro_frames": IMAGES // 2} if halved else {})
 
 
 def printed(schedule: str) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def main() -> None:
     rates: dict[str, float] = {}
     for part in parts:
         name, _, number = part.partition("=")
-        gpus = int(number or 1)
+        gpus, graphs = int(number.rstrip("x") or 1), number.endswith("x")
         if name == "bare":
             done = subprocess.run(
                 [PYTHON, str(Path(__file__).with_name("train_engines.py")), "bare", *(["--tiny"] if TINY else [])],
@@ -174,8 +176,9 @@ def main() -> None:
         elif name == "engines":
             engines(gpus)
         else:
-            mix = even() if name == "job" else printed(name)
-            rates[part] = job(Path(folder), gpus, mix, f"{name}-{gpus}", checkpoint=name == "job").get("rate", 0)
+            mix = even(name == "small") if name in ("job", "small") else printed(name)
+            run = f"{name}-{number}"
+            rates[part] = job(Path(folder), gpus, mix, run, name == "job", graphs).get("rate", 0)
             if name == "job" and "bare" in rates:
                 print(f"             {rates[part] / gpus / rates['bare']:.1%} of the bare step, a GPU", flush=True)
     if "packed=4" in rates and "rank=4" in rates:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed
@@ -21,7 +22,6 @@ import t2v.trainer
 from t2v.checkpoint import read_average
 from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
 from t2v.engine import Staged
-from t2v.feed import Batch
 from t2v.job import TrainJob
 from t2v.trainer import Diverged, Trainer
 
@@ -112,14 +112,13 @@ def run(folder: str, leg: dict) -> None:
 
 def break_losses(trainer: Trainer, first: int, count: int) -> None:
     """Makes the losses of one rank infinite, in `count` steps from the one numbered `first` on."""
-    losses, bad = trainer._losses, range(first * STEP_SAMPLES, (first + count) * STEP_SAMPLES)
+    loss, bad = trainer.diffusion.loss, range(first * STEP_SAMPLES, (first + count) * STEP_SAMPLES)
 
-    def broken(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        values, timesteps = losses(batch)
+    def broken(*inputs: Any) -> torch.Tensor:
         is_bad = trainer.rank == 0 and trainer.samples in bad
-        return values / 0 if is_bad else values, timesteps
+        return loss(*inputs) / (0 if is_bad else 1)
 
-    trainer._losses = broken  # type: ignore[method-assign]
+    trainer.diffusion.loss = broken  # type: ignore[method-assign]
 
 
 def main() -> None:
