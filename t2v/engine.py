@@ -59,6 +59,10 @@ class Engine:
     def __init__(self, unet: nn.Module, config: TrainConfig, micro_steps: int) -> None:
         self.config, self.micro_steps = config, micro_steps
         torch.backends.cudnn.benchmark = True  # micro-batches have few shapes, and keep them
+        if config.graphs and torch.cuda.is_available():
+            # DeepSpeed keeps nodes of autograd, which run on the stream they were made on, and the default one cannot
+            # be captured (t2v/graphs.py).
+            torch.cuda.set_stream(torch.cuda.Stream())
         for module in unet.modules():
             if isinstance(module, FeedForward):
                 module.keep = config.recompute == "activations"

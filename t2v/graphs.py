@@ -44,7 +44,8 @@ class Graphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         held = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()  # not the default one, which cannot be captured (t2v/engine.py)
         # Other threads read data and write checkpoints meanwhile, and may.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = self._run(*held)
         return graph, held, result

@@ -22,11 +22,13 @@ def _silu_dropped(x, keep, scale, SILU: tl.constexpr):
 @triton.jit
 def _keep(row, col, seed, threshold, DROP: tl.constexpr):
     """Which elements dropout leaves: a hash of (row, column, *seed), so that the backward pass finds the same ones."""
-    if not DROP:
-        return tl.full([row.shape[0], col.shape[0]], 1, tl.int1)
-    h = (row.to(tl.uint32) + tl.load(seed).to(tl.uint32)) * 0x9E3779B1
-    h = ((h ^ (h >> 15)) * 0x85EBCA77)[:, None] + (col.to(tl.uint32) * 0xC2B2AE3D)[None]
-    return (h ^ (h >> 15)) * 0x2C1B3C6D >= threshold.to(tl.uint32)
+    if DROP:
+        h = (row.to(tl.uint32) + tl.load(seed).to(tl.uint32)) * 0x9E3779B1
+        h = ((h ^ (h >> 15)) * 0x85EBCA77)[:, None] + (col.to(tl.uint32) * 0xC2B2AE3D)[None]
+        keep = (h ^ (h >> 15)) * 0x2C1B3C6D >= threshold.to(tl.uint32)
+    else:
+        keep = tl.full([row.shape[0], col.shape[0]], 1, tl.int1)
+    return keep
 
 
 @triton.jit

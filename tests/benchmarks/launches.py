@@ -20,7 +20,7 @@ from train_engines import TINY, UNET, new_unet
 from train_engines import config as unet_config
 
 SHAPES = [(1, 4, 8), (1, 1, 8)] if TINY else [(1, 16, 8), (1, 1, 8)]  # samples, frames, latent size
-FULL = [] if TINY else [(b, f, 32) for frames in (64, 128, 160, 256) for b, f in ((frames // 16, 16), (frames, 1))]
+FULL = [] if TINY else [(b, f, 32) for frames in (64, 128, 256) for b, f in ((frames // 16, 16), (frames, 1))]
 REPEATS = 3 if TINY else 8
 DEVICE = "cpu" if TINY else "cuda"
 

@@ -1,10 +1,10 @@
 """Training at the published size through jobs/train.py, and what its engine costs beside plain PyTorch.
 
-python tests/benchmarks/train_gpu.py FOLDER PART ...   parts: bare, job=N, small=N, packed=N, rank=N, engines=N; N are GPUs
+python tests/benchmarks/train_gpu.py FOLDER PART ...      parts: bare, job=N, small=N, packed=N, rank=N, engines=N
 
-A step trains on 256 images and 7 x 16 clips (latents 4 x 16 x 32 x 32, text 77 x 1024), each a slot of 256 frames, on
-any number of GPUs, with gates recomputed; `small` in micro-batches of half a slot; `packed` and `rank` on a tenth of
-the paper's printed batch sizes. Those with an x at the end (small=1x) replay CUDA graphs (train.graphs).
+N are GPUs. A step trains on 256 images and 7 x 16 clips (latents 4 x 16 x 32 x 32, text 77 x 1024), each a slot of 256
+frames, on any number of GPUs, with gates recomputed; `small` in micro-batches of half a slot; `packed` and `rank` on a
+tenth of the paper's printed batch sizes. With an x at the end (small=1x) CUDA graphs are replayed (train.graphs).
 `bare` is the UNet alone on random inputs: forward and backward of the same slots, AdamW on fp32 masters, on one GPU.
 Weights and latents are random. `--tiny` is the same at a size that a CPU bears, to try the script.
 """
@@ -71,7 +71,7 @@ def job(folder: Path, gpus: int, mix: dict[str, Any], name: str, checkpoint: boo
             "workers": gpus, "gpus_per_worker": 0 if TINY else 1, "cpus_per_worker": 1 if TINY else 8, "samples": 10**8,
             "precision": "fp32" if TINY else "bf16", "recompute": "gates", "shuffle_rows": 800,
             "graphs": graphs and not TINY,
-            "log_every_s": 0.5 if TINY else 4.0,
+            "log_every_s": 0.5 if TINY else 4.0, "max_failures": 0,
             "keep_checkpoints": 1, "milestone_every_samples": 10**8,
             "checkpoint_every_samples": (8 if TINY else 5 + 5 * gpus) * STEP if checkpoint else 10**8,
             "mix": {"slots": 8} | mix,
@@ -178,7 +178,7 @@ def main() -> None:
         else:
             mix = even(name == "small") if name in ("job", "small") else printed(name)
             run = f"{name}-{number}"
-            rates[part] = job(Path(folder), gpus, mix, run, name == "job", graphs).get("rate", 0)
+            rates[part] = job(Path(folder), gpus, mix, run, name == "job" and not graphs, graphs).get("rate", 0)
             if name == "job" and "bare" in rates:
                 print(f"             {rates[part] / gpus / rates['bare']:.1%} of the bare step, a GPU", flush=True)
     if "packed=4" in rates and "rank=4" in rates:
