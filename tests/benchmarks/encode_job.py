@@ -123,8 +123,7 @@ def main(tiny: bool, apart: bool) -> None:
         cores = os.cpu_count() or 1
         for stream, frames, shard_rows in (("videos", 16, size.shard_clips), ("images", 1, size.shard_pictures)):
             source = StreamConfig(f"{folder}/{stream}", "bytes=media,caption=txt", shard_rows)
-            ways = [(1, 0)] if tiny else [(2, 0), (4, 0)]
-            for workers, vaes in ways + ([(ways[-1][0], 1)] if apart else []):
+            for workers, vaes in [(1, 0)] + ([(1 if tiny else 4, 1)] if apart else []):
                 cpus = max(1, (cores - 2) // workers) if not (tiny and vaes) else 0.5
                 gpus = 0 if tiny else 1 if vaes else 1 / workers
                 encode = EncodeConfig(workers, gpus, cpus, batch_frames=128, vae_workers=vaes)
