@@ -4,36 +4,33 @@ Kernel by kernel the published UNet's passes take the host 0.36 s, however small
 takes for 140 frames (tests/benchmarks/results/launches.txt).
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WARM = 2  # calls that find kernels, and what libraries need beside them, before a capture
-
 
 class Graphs:
-    """Calls `run` with tensors, and from the third time on that they have the same shapes replays what it launched.
+    """Calls `run` with tensors, `warm` times, and from then on replays what it launches for tensors of the same shapes.
 
-    `run` returns a tensor without a gradient, and launches the same for equal shapes, without waiting for the GPU. What
-    a call returns is overwritten by the next one. All graphs share the memory of what is freed within them, and keep
-    it. On a CPU there is nothing to replay.
+    `run` returns a tensor without a gradient, and launches the same for equal shapes, without waiting for the GPU. The
+    first calls must have all shapes twice: they find kernels, and their memory is not yet a graph's. What a call
+    returns is overwritten by the next one. All graphs share the memory of what is freed within them, and keep it.
+    On a CPU there is nothing to replay.
     """
 
-    def __init__(self, run: Callable[..., Tensor]) -> None:
-        self._run = run
-        self._calls: Counter[tuple[torch.Size, ...]] = Counter()
+    def __init__(self, run: Callable[..., Tensor], warm: int) -> None:
+        self._run, self._warm = run, warm
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        self._warm -= 1
+        if self._warm >= 0 or not inputs[0].is_cuda:
+            return self._run(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._graphs:
-            self._calls[shapes] += 1
-            if self._calls[shapes] <= WARM or not inputs[0].is_cuda:
-                return self._run(*inputs)
             self._graphs[shapes] = self._capture(inputs)
         graph, held, result = self._graphs[shapes]
         torch._foreach_copy_(held, inputs)

@@ -93,7 +93,7 @@ class Trainer:
         self.engine = Engine(unet, job.train, len(self.slots))
         self.text = frozen.load_text(job.model.text, self.engine.device)
         self.diffusion = Diffusion(job.diffusion)
-        self.passes = Graphs(self._pass) if job.train.graphs else self._pass
+        self.passes = Graphs(self._pass, 2 * len(self.slots)) if job.train.graphs else self._pass
         state = self._resume(checkpoints)
         self.samples, self.skipped_steps = state["samples"], state["skipped_steps"]
         self.raw_begun: dict[Stream, int] = dict.fromkeys(STREAMS, 0) | state.get("raw_begun", {})
