@@ -52,6 +52,7 @@ PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting f
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
 HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # the same data would meet them again
 NOTHING_YET_S = 0.5
+# Called with prompts and the samples of a milestone: a task that shows it, whose result is its losses by name.
 OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 # Rank 0 calls it with the number of ranks and of raw shards begun: an actor a stream, whose `next()` gives references
 # to the tables that come next, to whichever rank asks.
@@ -128,7 +129,8 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | No
             callbacks=[_Failures(train.max_failures)],  # type: ignore[list-item]
         ),
         validation_config=ValidationConfig(
-            partial(_validate, job=job, on_export=on_export), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
+            partial(_validate, job=job, watch=watch, on_export=on_export),
+            ray_remote_kwargs={"num_cpus": 0, "max_retries": 0},
         ),
     )
 
@@ -293,7 +295,7 @@ def _checkpoints(job: TrainJob) -> list[str]:
     return whole
 
 
-def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, samples: int) -> dict[str, Any]:
+def _validate(checkpoint: Checkpoint, job: TrainJob, watch: Any, on_export: OnExport, samples: int) -> dict[str, float]:
     """What becomes of a milestone, in a task of its own: its model is exported, and what it can do is shown."""
     from t2v import validation
 
@@ -303,7 +305,9 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
         validation.keep(job, folder, samples)
     preview = on_export(job, job.prompts(), samples)
     try:
-        ray.get(preview, timeout=PREVIEW_GRACE_S)
+        losses = ray.get(preview, timeout=PREVIEW_GRACE_S)
+        watch.observe.remote(losses)
+        return losses
     except GetTimeoutError:
         ray.cancel(preview, force=True)
         print(f"[train] no room was free in {PREVIEW_GRACE_S:.0f} s to sample the model of {samples:,} samples")
