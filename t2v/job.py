@@ -15,8 +15,8 @@ STREAMS: tuple[Stream, ...] = ("images", "videos")
 class Source:
     """Where the rows of a stream come from: `shards` in a folder, of latents or, with `train.feed: online`, raw.
 
-    `digest` stands for all `rows`. Raw ones tell the first captions, and what a cluster needs for them beside the
-    ranks, as CPU and GPU.
+    `digest` stands for all `rows`. Raw ones tell the first captions, what a cluster needs for them beside the ranks,
+    as CPU and GPU, and how much of a GPU's memory each encoder takes.
     """
 
     info: LatentInfo
@@ -26,6 +26,7 @@ class Source:
     shards: int
     captions: tuple[str, ...] = ()
     needs: dict[str, float] = field(default_factory=dict)
+    encoder_bytes: float = 0.0
 
 
 @dataclass
