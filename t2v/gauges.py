@@ -11,8 +11,8 @@ from ray.util.metrics import Gauge
 MEANINGS = {  # of the log (t2v/trainer.py) and of milestones; streams and quarters of the timesteps are tags
     "loss": "Mean loss since the last line of the log",
     "loss_by_timestep": "Mean loss since the last line of the log, from this timestep to the next tagged one",
-    "held_out": "Mean loss of the newest milestone's model on held-out rows",
-    "held_out_by_timestep": "Mean loss of the newest milestone's model, from this timestep to the next tagged one",
+    "held_out": "Mean loss of the newest milestone on held-out rows",
+    "held_out_by_timestep": "Mean loss of the newest milestone on held-out rows, from this timestep to the next tagged",
     "stream_samples_per_s": "Samples of one stream a second",
     "samples_per_s": "Samples of both streams a second",
     "samples": "Samples that the model has seen",

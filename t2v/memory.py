@@ -74,7 +74,7 @@ def encoders_beside(job: TrainJob) -> dict[str, float]:
     each = source.needs["GPU"] if source else 0.0
     if not source or not 0 < each < 1 or not (count := int(left / each + 1e-6)):
         return {}
-    return {f"{count} encoders of train.feed online on the same GPU": count * source.encoder_bytes}
+    return {f"{count} x an encoder of train.feed online on its GPU": count * source.encoder_bytes}
 
 
 def count_weights(config: UNetConfig, train: TrainConfig | None = None) -> tuple[int, int, int]:

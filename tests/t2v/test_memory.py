@@ -27,9 +27,7 @@ from t2v.shards import LatentInfo
 from t2v.unet import UNet
 
 STATE = 18  # bytes a weight in the measured step: bf16, and in fp32 master, gradient and moments
-
-
-SD = {
+SD = {  # Stable Diffusion's VAE
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -105,7 +103,7 @@ def online(each: float, **train: object) -> TrainJob:
 def test_encoders_are_reserved_for_where_they_share_the_gpu_of_a_rank(rank: float, each: float, count: int) -> None:
     found = encoders_beside(online(each, gpus_per_worker=rank))
     assert list(found.values()) == [5 * GIB * count][:count]
-    assert all(name.startswith(f"{count} encoders of train.feed online") for name in found)
+    assert all(name.startswith(f"{count} x an encoder of train.feed online") for name in found)
     assert not encoders_beside(published(gpus_per_worker=rank))
 
 
