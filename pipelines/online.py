@@ -148,6 +148,7 @@ class RowEncoder:
 def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> tuple[Online, dict[Stream, Source]]:
     """What encodes both streams, and what they are; ValueError or FileNotFoundError if that cannot work."""
     from t2v.frozen import load_vae
+    from t2v.memory import encoder_bytes
 
     encoder = encoder_id(vae_path)
     if data.filters != ClipFilters():
@@ -166,12 +167,14 @@ def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int)
     data_dir = storage.join(storage.absolute(run_dir), "data")
     plans = plan_streams(data_dir, data, encoder, seed)
     hashes = {plan.stream: plan.data_hash for plan in plans}
-    facts = vae_facts(load_vae(str(vae_path)), data.size)
+    vae = load_vae(str(vae_path))
+    facts = vae_facts(vae, data.size)
+    on_gpu = encoder_bytes(vae.model, data.encode.batch_frames, data.size)
     online = Online(data_dir, data, storage.absolute(str(vae_path)), encoder, seed, hashes)
-    return online, {plan.stream: _source(plan, data, facts) for plan in plans}
+    return online, {plan.stream: _source(plan, data, facts, on_gpu) for plan in plans}
 
 
-def _source(plan: StreamPlan, data: DataConfig, facts: VaeFacts) -> Source:
+def _source(plan: StreamPlan, data: DataConfig, facts: VaeFacts, on_gpu: float) -> Source:
     channels, height, width = facts.shape
     shape = (channels, data.frames if plan.stream == "videos" else 1, height, width)
     info = LatentInfo(plan.stream, shape, facts.id, facts.scale, plan.data_hash)
@@ -179,7 +182,7 @@ def _source(plan: StreamPlan, data: DataConfig, facts: VaeFacts) -> Source:
     captions = [row["caption"] for row in read_shard(manifest.path, 0) if not row["status"]]
     needs = {"CPU": data.fetch.cpus_per_task + data.encode.cpus_per_worker, "GPU": data.encode.gpus_per_worker}
     rows, shards = manifest.rows, manifest.shards.num_rows
-    return Source(info, manifest.path, manifest.digest, rows, shards, tuple(captions[:PROMPTS]), needs)
+    return Source(info, manifest.path, manifest.digest, rows, shards, tuple(captions[:PROMPTS]), needs, on_gpu)
 
 
 def share(job: TrainJob, data: DataConfig, world: int, resources: Mapping[str, float]) -> dict[Stream, Pool]:

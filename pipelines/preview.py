@@ -22,6 +22,7 @@ Page = Callable[[str], str]
 def start_preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None = None) -> ray.ObjectRef:
     """Starts the task that samples the newest model; on a machine without GPUs it takes no core from the ranks.
 
+    Its result is that model's losses on held-out rows (t2v/validation.py), if any are kept.
     `page` makes the HTML of all milestones of a run folder (dashboards/milestones.py).
     """
     gpus = job.sample.gpus_per_worker
@@ -30,7 +31,7 @@ def start_preview(job: TrainJob, prompts: list[str], samples: int, page: Page | 
 
 
 @ray.remote(max_retries=0)
-def _preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None) -> None:
+def _preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None) -> dict[str, float]:
     from pipelines.prompts import Prompt
     from pipelines.sampling import Sampler, even_batches
     from t2v.record import Record
@@ -41,11 +42,13 @@ def _preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None)
     clips = sampler.sample(asked)
     milestones, name = storage.join(job.run_dir, "train", "milestones"), f"{samples:012d}"
     with tempfile.TemporaryDirectory() as folder, closing(Record(job.run_dir, "train", {})) as record:
-        if job.train.held_out_rows:
-            record.metrics(held_out_losses(job), samples)
+        losses = held_out_losses(job) if job.train.held_out_rows else {}
+        record.metrics(losses, samples)
         for path in _write(folder, name, clips, job.sample.fps):
             record.file(path, "samples" if path.endswith(".png") else f"milestones/{name}")
         storage.copy_folder(folder, storage.join(milestones, name))
+        if losses:
+            storage.write_json(storage.join(milestones, name, "held_out.json"), losses)
         rows = [{"prompt": prompt.text, "seed": prompt.seed} for prompt in asked]
         storage.write_json(storage.join(milestones, name, "prompts.json"), rows)
         if page:
@@ -56,6 +59,7 @@ def _preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None)
             with open(path, "wb") as copy:
                 copy.write(html)
             record.file(path, "milestones")
+    return losses
 
 
 def _write(folder: str, name: str, clips: np.ndarray, fps: int) -> list[str]:

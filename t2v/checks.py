@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 from t2v import storage
 from t2v.cards import GIB, Card, find_card
 from t2v.job import TrainJob
-from t2v.memory import predict
+from t2v.memory import encoders_beside, predict
 from t2v.plan import make_plan, sample_flops, size_of
 
 Resources = Mapping[str, float]
@@ -135,10 +135,11 @@ def _bytes_in(folder: str) -> int:
 
 
 def _memory(job: TrainJob, resources: Resources) -> list[str]:
-    """The fullest rank fits the smallest card of the cluster."""
+    """The fullest rank fits the smallest card of the cluster, with the encoders that share its GPU."""
     if not job.train.gpus_per_worker:
         return ["trained on CPUs: GPU memory is of no concern"]
-    parts = predict(job)
+    beside = encoders_beside(job)
+    parts = predict(job) | beside
     wanted = sum(parts.values())
     told = f"{wanted / GIB:.1f} GiB ({', '.join(f'{name} {size / GIB:.1f}' for name, size in parts.items())})"
     card = _smallest_card(resources)
@@ -147,7 +148,8 @@ def _memory(job: TrainJob, resources: Resources) -> list[str]:
     if wanted > card.memory_bytes:
         raise ValueError(
             f"train.mix.micro_frames: {job.train.mix.micro_frames} has a rank need {told}, one {card.name} has "
-            f"{card.memory_bytes / GIB:.1f}; lower it, set train.recompute to gates, or raise train.zero_stage"
+            f"{card.memory_bytes / GIB:.1f}; lower it{' or data.encode.batch_frames' if beside else ''}, set "
+            "train.recompute to gates, or raise train.zero_stage"
         )
     days = make_plan(job).days(card)
     return [f"a rank will need {told} of the {card.memory_bytes / GIB:.1f} of one {card.name}; about {days:.3g} days"]

@@ -1,13 +1,18 @@
-"""The numbers of training's log for Prometheus, which scrapes Ray's metrics port; there the names begin with `ray_`."""
+"""The numbers of training's log and of milestones for Prometheus, which scrapes Ray's metrics port.
+
+There the names begin with `ray_`.
+"""
 
 import re
 from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-MEANINGS = {  # of a line of the log (t2v/trainer.py), streams and quarters of the timesteps being tags
+MEANINGS = {  # of the log (t2v/trainer.py) and of milestones; streams and quarters of the timesteps are tags
     "loss": "Mean loss since the last line of the log",
     "loss_by_timestep": "Mean loss since the last line of the log, from this timestep to the next tagged one",
+    "held_out": "Mean loss of the newest milestone on held-out rows",
+    "held_out_by_timestep": "Mean loss of the newest milestone on held-out rows, from this timestep to the next tagged",
     "stream_samples_per_s": "Samples of one stream a second",
     "samples_per_s": "Samples of both streams a second",
     "samples": "Samples that the model has seen",
@@ -26,10 +31,10 @@ MEANINGS = {  # of a line of the log (t2v/trainer.py), streams and quarters of t
 
 def gauge_of(key: str) -> tuple[str, dict[str, str]]:
     """The gauge, and its tags, that shows a number of the log."""
-    if found := re.fullmatch(r"loss_([a-z]+)_t(\d+)", key):
-        return "loss_by_timestep", {"stream": found[1], "timestep": found[2]}
-    if found := re.fullmatch(r"loss_([a-z]+)", key):
-        return "loss", {"stream": found[1]}
+    if found := re.fullmatch(r"(loss|held_out)_([a-z]+)_t(\d+)", key):
+        return f"{found[1]}_by_timestep", {"stream": found[2], "timestep": found[3]}
+    if found := re.fullmatch(r"(loss|held_out)_([a-z]+)", key):
+        return found[1], {"stream": found[2]}
     if found := re.fullmatch(r"(images|videos)_per_s", key):
         return "stream_samples_per_s", {"stream": found[1]}
     return key, {}
@@ -42,7 +47,7 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, line: Mapping[str, float]) -> None:
-        """Takes a line of the log."""
+        """Takes a line of the log, or a milestone's losses."""
         for key, value in line.items():
             name, tags = gauge_of(key)
             if name not in self._gauges:

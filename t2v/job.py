@@ -15,8 +15,8 @@ STREAMS: tuple[Stream, ...] = ("images", "videos")
 class Source:
     """Where the rows of a stream come from: `shards` in a folder, of latents or, with `train.feed: online`, raw.
 
-    `digest` stands for all `rows`. Raw ones tell the first captions, and what a cluster needs for them beside the
-    ranks, as CPU and GPU.
+    `digest` stands for all `rows`. Raw ones tell the first captions, what a cluster needs for them beside the ranks,
+    as CPU and GPU, and how much of a GPU's memory each encoder takes.
     """
 
     info: LatentInfo
@@ -26,6 +26,7 @@ class Source:
     shards: int
     captions: tuple[str, ...] = ()
     needs: dict[str, float] = field(default_factory=dict)
+    encoder_bytes: float = 0.0
 
 
 @dataclass
@@ -78,13 +79,18 @@ class TrainJob:
         """Whether there is no checkpoint yet, not even a half-written one."""
         return not any(name.startswith("checkpoint_") for name in storage.folders(storage.join(self.run_dir, "train")))
 
+    @property
+    def reads_start(self) -> bool:
+        """Whether the weights of `model.start`, if it is set, are read: to begin with, or for the part not trained."""
+        return self.is_fresh or self.train.trained != "all"
+
     def sources(self) -> dict[Stream, Source]:
         """What both streams train on; ValueError if they, the model and the number of workers do not go together."""
         self.step.of_rank(0, self.train.workers)
         start = self.model.start
         if start is None and self.train.trained != "all":
             raise ValueError(f"model.start is not set: train.trained {self.train.trained} trains a part of that model")
-        if start is not None and (self.is_fresh or self.train.trained != "all") and not storage.exists(start):
+        if start is not None and self.reads_start and not storage.exists(start):
             raise FileNotFoundError(f"model.start: there is no file or folder {start}")
         found = self.raw or {stream: self._latents(stream) for stream in STREAMS}
         encoder = shards.encoder_id(self.model.vae)

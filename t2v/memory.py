@@ -5,6 +5,7 @@ the optimizer's step, when all gradients are. DeepSpeed's share is as its versio
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,12 @@ BUCKET = 500_000_000  # gradients that ZeRO-3 reduces at once
 GATHERED = 1_000_000_000  # weights that ZeRO-3 holds at most beside its own
 VOCABULARY = 49_408
 RESERVE = 3 * GIB  # for CUDA's context, NCCL's buffers, and what the allocator and convolutions need to be fast
+# Of a VAE that encodes: frames at full resolution in the first level's width that are there at once. Plain PyTorch has
+# six in a residual block; a GPU's kernels have four (the block's input, what its second norm reads and makes, and the
+# product), which leaves two for the allocator and convolutions. Not measured on a GPU; were all frames of a batch to
+# overflow fp16 and to be encoded once more in fp32, they would need more.
+ENCODER_TENSORS = 6
+ENCODER_CONTEXT = GIB // 2  # of CUDA, since an encoder is a process of its own
 
 
 def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dict[str, float]:
@@ -48,6 +55,27 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
         "reserve": float(RESERVE),
     }
     return parts | max(during_passes, during_update, key=lambda moment: sum(moment.values()))
+
+
+def encoder_bytes(vae: Any, frames: int, size: int) -> float:
+    """What a process takes of a GPU that encodes so many frames of `size` x `size` pixels at once, at most.
+
+    `vae` is an AutoencoderKL, whose weights are there in fp32 and its encoder's in fp16 too (t2v/frozen.py).
+    """
+    weights, width = sum(weight.numel() for weight in vae.parameters()), vae.config["block_out_channels"][0]
+    return (4 + 2.0) * weights + 2.0 * ENCODER_TENSORS * frames * width * size**2 + ENCODER_CONTEXT
+
+
+def encoders_beside(job: TrainJob) -> dict[str, float]:
+    """Bytes of the encoders for which a rank leaves room on its GPU, with `train.feed: online`; Ray may place as many.
+
+    Nothing where ranks or encoders have whole GPUs.
+    """
+    source, left = (job.raw or {}).get("videos"), 1 - job.train.gpus_per_worker
+    each = source.needs["GPU"] if source else 0.0
+    if not source or not 0 < each < 1 or not (count := int(left / each + 1e-6)):
+        return {}
+    return {f"{count} x an encoder of train.feed online on its GPU": count * source.encoder_bytes}
 
 
 def count_weights(config: UNetConfig, train: TrainConfig | None = None) -> tuple[int, int, int]:

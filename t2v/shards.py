@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from t2v import storage
 from t2v.config import Stream
 from t2v.digest import digest_of
-from t2v.weights import named, part, weight_files
+from t2v.weights import named, weights_id
 
 ROWS_PER_GROUP = 100
 INDEX = "index.json"
@@ -101,14 +101,8 @@ def encoder_id(vae: str | None) -> str:
     """
     if vae is None:
         raise ValueError("model.vae is not set: give the path of a diffusers AutoencoderKL folder")
-    if storage.is_file(vae):
-        return storage.digest(vae)
-    if not storage.exists(vae):
-        raise FileNotFoundError(f"model.vae: there is no file or folder {vae}")
     with named("model.vae"):
-        files = weight_files(part(vae, "vae"))
-    digests = [storage.digest(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+        return weights_id(vae, "vae")
 
 
 def latent_schema(info: LatentInfo, keep_variance: bool) -> pa.Schema:

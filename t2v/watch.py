@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from t2v.gauges import Gauges
+
 EVERY_S = 2.0  # between two beats of a rank
 HANGS = 70  # exit code of a rank that ends a run that hangs
 _PROJECT = str(Path(__file__).parents[1])
@@ -29,13 +31,18 @@ class Beat:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class Watch:
-    """Hears the beats of all ranks of a run; one actor, away from the ranks."""
+    """Hears the beats of all ranks of a run, and shows what its milestones come to; one actor, away from the ranks."""
 
     def __init__(self, hang_s: float) -> None:
         self._hang_s = hang_s
         self._stop = False
         self._beats: dict[int, Beat] = {}
         self._moved = time.monotonic()
+        self._gauges = Gauges()
+
+    def observe(self, losses: dict[str, float]) -> None:
+        """Shows a milestone's numbers until the next one's: the task that finds them ends, and its gauges would too."""
+        self._gauges.set(losses)
 
     def stop(self) -> None:
         """Asks all ranks to write a checkpoint and end."""

@@ -6,6 +6,7 @@ classes, such as those that Lightning leaves beside the weights, it is given sta
 torch is imported where it is used: which files a folder's weights are (`weight_files`) is asked where nobody needs it.
 """
 
+import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,18 @@ def weight_files(folder: str, stems: Sequence[str] = DIFFUSERS_STEMS) -> list[st
         if storage.exists(path):
             return _shards(path, folder) if name.endswith(".json") else [path]
     raise FileNotFoundError(f"{folder} has no {stems[0]}.safetensors, nor fp16, sharded or .bin weights in its place")
+
+
+def weights_id(path: str, name: str) -> str:
+    """What names the weights of a network: the digest of a folder's, as `part` finds it, or of the file they are in.
+
+    FileNotFoundError or ValueError as `weight_files`, or where there is nothing.
+    """
+    if not storage.exists(path):
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    files = [path] if storage.is_file(path) else weight_files(part(path, name))
+    digests = [storage.digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
 
 def _names(stems: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from t2v.checks import check, cluster_resources
 from t2v.config import Stream
 from t2v.epochs import begin_anew
 from t2v.gauges import Gauges
+from t2v.identity import keep_identity
 from t2v.job import TrainJob
 from t2v.news import needs_of_worker, news
 from t2v.published import start_weights
@@ -52,6 +52,7 @@ PREVIEW_GRACE_S = 180.0  # for the samples of a milestone to be drawn, waiting f
 NAME_GRACE_S = 30.0  # for Ray to notice that a job which was killed is gone
 HOPELESS = (ValueError, ArithmeticError, FileNotFoundError, ImportError)  # the same data would meet them again
 NOTHING_YET_S = 0.5
+# Called with prompts and the samples of a milestone: a task that shows it, whose result is its losses by name.
 OnExport = Callable[[TrainJob, list[str], int], ray.ObjectRef]
 # Rank 0 calls it with the number of ranks and of raw shards begun: an actor a stream, whose `next()` gives references
 # to the tables that come next, to whichever rank asks.
@@ -64,7 +65,7 @@ def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> Non
     `encode` starts what `train.feed: online` trains on, whenever ranks are started (pipelines/online.py).
 
     SIGTERM has all ranks write a checkpoint and end. ValueError if data, cluster and job do not go together
-    (t2v/checks.py), the folder was begun with another model, order or batch, or another job trains in it; Diverged
+    (t2v/checks.py), the folder was begun as another run (t2v/identity.py), or another job trains in it; Diverged
     (t2v/trainer.py).
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # which prints every line of a rank twice
@@ -75,7 +76,7 @@ def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> Non
     if job.is_fresh and job.model.start and storage.is_local(job.model.start):
         # Mapped, not read: it tells here whether they fit.
         start_weights(job.model.start, job.model.unet, whole=job.train.trained == "lora")
-    _keep_identity(job)
+    keep_identity(job)
     with _watched(job) as watch:
         if job.is_fresh and not job.raw:
             begin_anew(job)
@@ -128,7 +129,8 @@ def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | No
             callbacks=[_Failures(train.max_failures)],  # type: ignore[list-item]
         ),
         validation_config=ValidationConfig(
-            partial(_validate, job=job, on_export=on_export), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
+            partial(_validate, job=job, watch=watch, on_export=on_export),
+            ray_remote_kwargs={"num_cpus": 0, "max_retries": 0},
         ),
     )
 
@@ -293,7 +295,7 @@ def _checkpoints(job: TrainJob) -> list[str]:
     return whole
 
 
-def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, samples: int) -> dict[str, Any]:
+def _validate(checkpoint: Checkpoint, job: TrainJob, watch: Any, on_export: OnExport, samples: int) -> dict[str, float]:
     """What becomes of a milestone, in a task of its own: its model is exported, and what it can do is shown."""
     from t2v import validation
 
@@ -303,7 +305,9 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, on_export: OnExport, sample
         validation.keep(job, folder, samples)
     preview = on_export(job, job.prompts(), samples)
     try:
-        ray.get(preview, timeout=PREVIEW_GRACE_S)
+        losses = ray.get(preview, timeout=PREVIEW_GRACE_S)
+        watch.observe.remote(losses)
+        return losses
     except GetTimeoutError:
         ray.cancel(preview, force=True)
         print(f"[train] no room was free in {PREVIEW_GRACE_S:.0f} s to sample the model of {samples:,} samples")
@@ -366,28 +370,3 @@ def _mend_registry(job: TrainJob) -> None:
     if problem:
         print(f"[train] Ray Train's list of checkpoints is begun anew: {problem}", flush=True)
         storage.remove(job.registry)
-
-
-def _keep_identity(job: TrainJob) -> None:
-    """Writes down what a resumed run must not change, or compares it with what was written down."""
-    path = storage.join(job.run_dir, "train", "identity.json")
-    identity = {
-        "seed": job.seed,
-        "frames": job.frames,
-        "unet": asdict(job.model.unet),
-        "text": asdict(job.model.text),
-        "mix": asdict(job.train.mix),
-        "shuffle_rows": job.train.shuffle_rows,
-        "held_out_rows": job.train.held_out_rows,
-        "diffusion": asdict(job.diffusion),
-        "lora": asdict(job.train.lora) if job.train.trained == "lora" else None,
-    }
-    if job.raw:  # whose shards have an order, and numbers in it
-        identity["raw"] = {stream: [source.digest, source.info.data_hash] for stream, source in job.raw.items()}
-    if not storage.exists(path):
-        storage.write_json(path, identity)
-        return
-    begun = storage.read_json(path)
-    if keys := [key for key in identity | begun if identity.get(key) != begun.get(key)]:
-        changed = ", ".join(f"{key} (was {begun.get(key)})" for key in keys)
-        raise ValueError(f"{job.run_dir}: its training was begun with another {changed}; choose another run_dir")

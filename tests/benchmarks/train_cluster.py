@@ -156,12 +156,15 @@ def head(folder: Path) -> None:
     follow(submit(cluster, run, changes), run, until=20 * STEP)
     lost = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in (cluster.head_node, *room)]
     lost = [child for raylet in lost for child in raylet.children(recursive=True)]
+    ranks = [process for process in lost if "RayTrainWorker" in process.name()]
     cluster.remove_node(cluster.head_node, allow_graceful=False)
     print(f"  head killed at {seen(run):,} samples", flush=True)
     begun = time.monotonic()
-    while any(map(is_alive, lost)) and time.monotonic() - begun < 120:
-        time.sleep(0.5)
-    print(f"  {sum(map(is_alive, lost))} of its workers are left {time.monotonic() - begun:.0f} s later", flush=True)
+    for what, each in {"ranks": ranks, "processes of Ray": lost}.items():  # agents stay a minute longer than all others
+        while any(map(is_alive, each)) and time.monotonic() - begun < 180:
+            time.sleep(0.5)
+        left = sum(map(is_alive, each))
+        print(f"  {left} of its {len(each)} {what} are left {time.monotonic() - begun:.0f} s later", flush=True)
     cluster.shutdown()
     cluster, _ = make_cluster(folder, nodes=2, include_dashboard=True)
     follow(submit(cluster, run, changes), run, until=RUN["train.samples"])

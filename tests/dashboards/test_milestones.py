@@ -36,6 +36,18 @@ def test_the_newest_comes_first_with_its_clips_and_nothing_is_fetched(tmp_path: 
     assert HOSTILE not in page and "<script" not in page and not re.search(r"(src|href)=\"(?!data:)", page)
 
 
+def test_losses_on_held_out_rows_stand_beside_the_clips_of_their_milestone(tmp_path: Path) -> None:
+    for samples in (5_000, 10_000):
+        keep(tmp_path, samples, ["a red circle"])
+    losses = {"held_out_images": 0.5, "held_out_images_t250": 0.25, "held_out_videos": 0.125, "held_out_videos_t000": 2}
+    (tmp_path / "train/milestones/000000010000/held_out.json").write_text(json.dumps(losses))
+    newest, older = milestones_page(str(tmp_path)).split("</section>")[:2]
+    assert re.findall(r'<th scope="col">([^<]+)', newest) == ["all", "from 0", "from 250"]
+    rows = [re.findall(r"<t[hd][^>]*>([^<]+)", row) for row in re.findall(r"<tr><th scope=\"row.*?</tr>", newest)]
+    assert rows == [["images", "0.5000", "–", "0.2500"], ["videos", "0.1250", "2.0000", "–"]]
+    assert "<table" not in older and "<video" in older
+
+
 def test_a_page_of_very_many_keeps_the_newest_and_some_of_the_others_evenly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

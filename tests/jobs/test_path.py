@@ -123,6 +123,8 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     held_out = [client.get_metric_history(train.info.run_id, f"held_out_{stream}") for stream in ("images", "videos")]
     assert [[point.step for point in points] for points in held_out] == [[2 * STEP_SAMPLES]] * 2
     assert all(0.2 < points[0].value < 2 for points in held_out)
+    page = Path(run_dir, "train/milestones/index.html").read_text()
+    assert all(f"<td>{points[0].value:.4f}</td>" in page for points in held_out)
     history = client.get_metric_history(train.info.run_id, "loss_videos")
     assert [point.step for point in history] == [
         line["samples"] for line in storage.read_lines(f"{run_dir}/train/log.jsonl")

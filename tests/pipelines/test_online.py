@@ -55,6 +55,9 @@ def test_a_manifest_of_which_no_row_can_be_used_ends_the_run_and_leaves_its_ledg
     data = broken_pictures(tmp_path)
     online, sources = open_online(str(tmp_path / "run"), data, f"{tiny_model}/vae", 3)
     assert {stream: (one.rows, one.shards) for stream, one in sources.items()} == {"images": (6, 2), "videos": (6, 2)}
+    fewer = replace(data, encode=replace(data.encode, batch_frames=32))
+    halved = open_online(str(tmp_path / "run"), fewer, f"{tiny_model}/vae", 3)[1]["images"].encoder_bytes
+    assert 0 < halved < sources["images"].encoder_bytes == sources["videos"].encoder_bytes
     assert sources["videos"].info.shape == (4, 16, 4, 4) and sources["images"].needs == {"CPU": 0.7, "GPU": 0}
     encoding = Encoding.remote(online, "images", 1, Pool(1, 1))  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="images: none of 2 raw shards has a usable row; see .*ledger_online/images"):

@@ -13,7 +13,7 @@ from t2v.checks import _memory, _storage, check, dry_run
 from t2v.config import MixConfig, TextConfig
 from t2v.job import STREAMS, TrainJob
 from t2v.shards import LatentInfo, write_shard
-from tests.t2v.test_memory import published
+from tests.t2v.test_memory import online, published
 from tests.t2v.train_ranks import job as tiny_job
 
 TWO_CPUS = {"CPU": 2.0}
@@ -97,6 +97,12 @@ def test_the_published_model_must_fit_the_smallest_card() -> None:
     assert "of the 79.1 of one H100" in _memory(small, h100)[0]
     with pytest.raises(ValueError, match="one A100 has 39.4"):
         _memory(small, both)
+    shared = online(0.1, gpus_per_worker=0.8, mix=MixConfig(micro_frames=160))
+    named = "2 x an encoder of train.feed online on its GPU 10.0)"
+    assert f"{named} of the 79.1 of one H100" in _memory(shared, h100)[0]
+    with pytest.raises(ValueError, match="lower it or data.encode.batch_frames, set train.recompute") as raised:
+        _memory(replace(shared, train=replace(shared.train, workers=1)), h100)
+    assert f"{named}, one H100 has 79.1" in str(raised.value)
     assert "nothing is known" in _memory(large, {"accelerator_type:NEW": 1.0})[0]
 
 

@@ -31,20 +31,31 @@ class Rank:
         self.gauges.set(line)
 
 
-def test_what_prometheus_scrapes_is_what_the_log_says(ray_session: None) -> None:
-    rank = Rank.remote()
-    ray.get(rank.set.remote(LINE))
+def tagged(key: str) -> tuple:
+    """A gauge and its tags."""
+    name, tags = gauge_of(key)
+    return name, *sorted(tags.items())
+
+
+def scraped(wanted: set[tuple]) -> dict[tuple, float]:
+    """What Ray's metrics port says of gauges and tags, once it knows of as many as are wanted."""
     port = ray.nodes()[0]["MetricsExportPort"]
     deadline = time.monotonic() + SLOWEST_REPORT_S
-    scraped: dict[tuple, float] = {}
-    while len(scraped) < len(LINE) and time.monotonic() < deadline:
+    found: dict[tuple, float] = {}
+    while len(found) < len(wanted) and time.monotonic() < deadline:
         time.sleep(1)
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
         for name, tags, value in re.findall(r"^ray_t2v_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
             own = {key: tag for key, tag in re.findall(r'(\w+)="([^"]*)"', tags) if key in ("stream", "timestep")}
-            if name in {gauge_of(key)[0] for key in LINE}:
-                scraped[name, *sorted(own.items())] = float(value)
+            if name in {name for name, *_ in wanted}:
+                found[name, *sorted(own.items())] = float(value)
+    return found
+
+
+def test_what_prometheus_scrapes_is_what_the_log_says(ray_session: None) -> None:
+    rank = Rank.remote()
+    ray.get(rank.set.remote(LINE))
+    wanted = {tagged(key): value for key, value in LINE.items()}
+    assert scraped(set(wanted)) == wanted
+    assert {name for name, *_ in wanted} <= set(MEANINGS)
     ray.kill(rank)
-    wanted = {(gauge_of(key)[0], *sorted(gauge_of(key)[1].items())): value for key, value in LINE.items()}
-    assert scraped == wanted
-    assert {name for name, *_ in scraped} <= set(MEANINGS)

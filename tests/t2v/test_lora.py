@@ -17,12 +17,12 @@ from torch import Tensor
 
 from t2v import fused, storage, validation
 from t2v.config import LoraConfig, TrainConfig, UNetConfig
+from t2v.identity import keep_identity
 from t2v.lora import Adapter, LowRank, choose_trained, trained_shapes
 from t2v.memory import count_weights
 from t2v.plan import make_plan, sample_flops
 from t2v.published import diffusers_config, start_weights
 from t2v.unet import UNet
-from t2v.worker import _keep_identity
 from tests.t2v.conftest import randomise
 from tests.t2v.test_trainer import HALF, WHOLE, furthest, losses, read_state_names, train
 from tests.t2v.test_unet import inputs
@@ -197,10 +197,10 @@ def test_what_a_run_needs_and_keeps(folder: Path, data: Path, tmp_path: Path) ->
         start_weights(f"{data}/start", whole.model.unet, whole=True)
     with pytest.raises(ValueError, match="model.start is not set: train.trained lora"):
         replace(whole, model=replace(whole.model, start=None)).sources()
-    _keep_identity(whole)
-    _keep_identity(whole)
+    keep_identity(whole)
+    keep_identity(whole)
     for changes in ({"lora": LoraConfig(rank=2)}, {"trained": "all"}):
         with pytest.raises(ValueError, match=r"another lora \(was \{'alpha': 16"):
-            _keep_identity(replace(whole, train=replace(whole.train, **changes)))
+            keep_identity(replace(whole, train=replace(whole.train, **changes)))
     identity = json.loads((tmp_path / "run/train/identity.json").read_text())
     assert identity["lora"]["targets"] == ["to_q", "to_k", "to_v", "to_out.0"]

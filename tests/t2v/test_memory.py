@@ -1,16 +1,38 @@
 """Predictions against what a card measured (tests/benchmarks/results/unet_h200.txt), and how ZeRO divides them."""
 
-import pytest
+from dataclasses import replace
+from itertools import accumulate
 
+import pytest
+import torch
+from diffusers.models import AutoencoderKL
+
+from t2v import autoencoder
 from t2v.cards import GIB
 from t2v.config import DiffusionConfig, MixConfig, ModelConfig, SampleConfig, TextConfig, TrainConfig, UNetConfig
 from t2v.frozen import load_text
-from t2v.job import TrainJob
-from t2v.memory import activation_bytes, count_text_weights, count_weights, predict
+from t2v.job import Source, TrainJob
+from t2v.memory import (
+    ENCODER_CONTEXT,
+    ENCODER_TENSORS,
+    activation_bytes,
+    count_text_weights,
+    count_weights,
+    encoder_bytes,
+    encoders_beside,
+    predict,
+)
 from t2v.mix import Slot
+from t2v.shards import LatentInfo
 from t2v.unet import UNet
 
 STATE = 18  # bytes a weight in the measured step: bf16, and in fp32 master, gradient and moments
+SD = {  # Stable Diffusion's VAE
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 
 
 def published(**train: object) -> TrainJob:
@@ -65,3 +87,38 @@ def test_weights_are_counted_as_the_networks_have_them() -> None:
     text = TextConfig("random", width=64, heads=4, layers=3)
     real = sum(weight.numel() for weight in load_text(text).parameters())
     assert count_text_weights(text) == pytest.approx(real, rel=0.01)
+
+
+def online(each: float, **train: object) -> TrainJob:
+    """A run whose encoders have so much of a GPU each, and take 5 GiB of its memory."""
+    info = LatentInfo("videos", (4, 16, 32, 32), "", 1.0, "")
+    source = Source(info, "", "", 1, 1, needs={"CPU": 4.0, "GPU": each}, encoder_bytes=5 * GIB)
+    return replace(published(feed="online", **train), raw={"images": source, "videos": source})
+
+
+@pytest.mark.parametrize(
+    ("rank", "each", "count"),
+    [(0.9, 0.1, 1), (0.8, 0.1, 2), (0.5, 0.2, 2), (0.7, 0.4, 0), (1, 0.1, 0), (0.9, 1, 0), (0.9, 0, 0)],
+)
+def test_encoders_are_reserved_for_where_they_share_the_gpu_of_a_rank(rank: float, each: float, count: int) -> None:
+    found = encoders_beside(online(each, gpus_per_worker=rank))
+    assert list(found.values()) == [5 * GIB * count][:count]
+    assert all(name.startswith(f"{count} x an encoder of train.feed online") for name in found)
+    assert not encoders_beside(published(gpus_per_worker=rank))
+
+
+def test_an_encoder_takes_its_weights_and_what_its_widest_level_has_at_once() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKL(**SD)
+    weights = 6 * 83_653_863 + ENCODER_CONTEXT
+    assert encoder_bytes(vae, 64, 256) == weights + ENCODER_TENSORS * 2 * 64 * 128 * 256 * 256
+    assert encoder_bytes(vae, 32, 512) - weights == 2 * (encoder_bytes(vae, 64, 256) - weights)
+
+
+def test_as_many_tensors_of_the_first_level_are_there_at_once_as_are_counted_for_an_encoder() -> None:
+    vae = AutoencoderKL(**SD | {"block_out_channels": [32, 64, 64, 64]}).eval().requires_grad_(False)
+    pixels = torch.zeros(4, 64, 64, 3)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        autoencoder.encode(vae, pixels)
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(accumulate(changes)) / (4 * 4 * 32 * 64 * 64) == pytest.approx(ENCODER_TENSORS, rel=0.02)

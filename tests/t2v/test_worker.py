@@ -11,17 +11,23 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.train import Checkpoint
 from safetensors.torch import load_file
 
 from t2v import storage
 from t2v.job import TrainJob
-from t2v.worker import fit
+from t2v.watch import Watch
+from t2v.worker import _validate, fit
+from tests.t2v.test_gauges import scraped, tagged
 from tests.t2v.train_ranks import STEP_SAMPLES, job
+
+LOSSES = {"held_out_images": 0.5, "held_out_videos": 0.25, "held_out_videos_t750": 0.125}
 
 
 @ray.remote(num_cpus=0)
-def note(run_dir: str, prompts: list[str], samples: int) -> None:
+def note(run_dir: str, prompts: list[str], samples: int) -> dict[str, float]:
     Path(run_dir, f"told-{samples}.json").write_text(json.dumps(prompts))
+    return LOSSES
 
 
 def tell(whole: TrainJob, prompts: list[str], samples: int) -> ray.ObjectRef:
@@ -31,6 +37,10 @@ def tell(whole: TrainJob, prompts: list[str], samples: int) -> ray.ObjectRef:
 
 def new_job(data: Path, run_dir: Path, steps: int = 40) -> TrainJob:
     shutil.copytree(data, run_dir)
+    return job_of(run_dir, steps)
+
+
+def job_of(run_dir: Path, steps: int = 40) -> TrainJob:
     whole = job(str(run_dir), 2)
     cadence = {"samples": steps * STEP_SAMPLES, "checkpoint_every_samples": 4 * STEP_SAMPLES}
     milestones = {"milestone_every_samples": 20 * STEP_SAMPLES, "keep_checkpoints": 2}
@@ -84,14 +94,24 @@ def test_milestones_are_exported_told_of_and_kept_while_checkpoints_go(runs: Pat
     assert len(list((runs / "undisturbed/train").glob("checkpoint_2*"))) == 2
 
 
+def test_a_milestones_losses_are_kept_with_its_checkpoint_and_shown_when_their_task_has_ended(runs: Path) -> None:
+    whole = job_of(runs / "undisturbed")
+    (newest, *_) = storage.read_json(whole.registry)["checkpoint_results"][::-1]
+    assert newest["metrics"] == {"samples": 40 * STEP_SAMPLES} | LOSSES
+    watch = Watch.remote(60.0)
+    checkpoint = Checkpoint(f"{runs}/undisturbed/train/{newest['checkpoint_dir_name']}")
+    ray.get(ray.remote(_validate).remote(checkpoint, whole, watch, tell, 40 * STEP_SAMPLES))
+    assert scraped(set(map(tagged, LOSSES))) == {tagged(name): loss for name, loss in LOSSES.items()}
+    ray.kill(watch)
+
+
 def test_a_list_of_checkpoints_that_a_kill_left_half_written_is_begun_anew(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = job(str(runs / "undisturbed"), 2)
+    whole = job_of(runs / "undisturbed", steps=44)
     note = Path(whole.registry)
     note.write_text(note.read_text()[:100])
-    more = {"samples": 44 * STEP_SAMPLES, "checkpoint_every_samples": 4 * STEP_SAMPLES, "gpus_per_worker": 0}
-    fit(replace(whole, train=replace(whole.train, cpus_per_worker=1, **more)), tell)
+    fit(whole, tell)
     assert "Ray Train's list of checkpoints is begun anew" in capsys.readouterr().out
     assert storage.read_lines(f"{runs}/undisturbed/train/starts.jsonl")[-1]["samples"] == 40 * STEP_SAMPLES
     assert whole.exported_samples == 44 * STEP_SAMPLES
