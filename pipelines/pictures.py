@@ -1,12 +1,14 @@
 """Encoded pictures -> clips of one frame: the middle square, upright, on white."""
 
 import io
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipelines.media import MediaError, check_pixels, decoding, square
+from pipelines.media import Clip, MediaError, check_pixels, decoding
+from pipelines.square import square
 
 # Those for grey are the bits that tell the scale alone.
 _REDUCED = {
@@ -18,27 +20,38 @@ _REDUCED = {
 _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
-def read_image(data: bytes, size: int, max_pixels: int = 100_000_000) -> np.ndarray:
-    """A picture as a clip of one frame, uint8 [1, size, size, 3]: its middle square, upright, on white.
+def read_image(data: bytes, size: int, max_pixels: int = 100_000_000, also_sizes: Sequence[int] = ()) -> Clip:
+    """A picture as a clip of one frame: its middle square, upright, on white.
 
     MediaError: not_media, corrupt, too_many_pixels (by the header, before anything is decoded).
     """
+    decoded: dict[int, np.ndarray] = {}
+    frames = []
     with decoding():
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_PICTURES)
-        check_pixels(image.width, image.height, max_pixels)
-        width = image.width
-        image.draft("RGB", (size * 3 // 2, size * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
-        if (pixels := _plain_jpeg(image, data, round(width / image.width))) is not None:
-            return square(pixels, size, quick=True)[None]
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise MediaError("corrupt", f"pixels of 32 bits (mode {image.mode}), of which none is known to be white")
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return square(np.asarray(image.convert("RGB")), size, quick=True)[None]
+        for side in (size, *also_sizes):
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_PICTURES)
+            check_pixels(image.width, image.height, max_pixels)
+            width = image.width
+            image.draft("RGB", (side * 3 // 2, side * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
+            scale = round(width / image.width)
+            if scale not in decoded:  # so that a square is the same whatever other sizes are wanted
+                plain = _plain_jpeg(image, data, scale)
+                decoded[scale] = _on_white(image) if plain is None else plain
+            frames.append(square(decoded[scale], side, quick=True)[None])
+    return Clip(frames[0], 0.0, 0.0, tuple(frames[1:]))
+
+
+def _on_white(image: Image.Image) -> np.ndarray:
+    """The upright pixels [y, x, 3] of any picture."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise MediaError("corrupt", f"pixels of 32 bits (mode {image.mode}), of which none is known to be white")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _plain_jpeg(image: Image.Image, data: bytes, scale: int) -> np.ndarray | None:

@@ -373,6 +373,7 @@ def _keep_identity(job: TrainJob) -> None:
     path = storage.join(job.run_dir, "train", "identity.json")
     identity = {
         "seed": job.seed,
+        "size": job.size,
         "frames": job.frames,
         "unet": asdict(job.model.unet),
         "text": asdict(job.model.text),
@@ -387,7 +388,7 @@ def _keep_identity(job: TrainJob) -> None:
     if not storage.exists(path):
         storage.write_json(path, identity)
         return
-    begun = storage.read_json(path)
+    begun = {"size": job.size} | storage.read_json(path)  # it was not written down while there was one size alone
     if keys := [key for key in identity | begun if identity.get(key) != begun.get(key)]:
         changed = ", ".join(f"{key} (was {begun.get(key)})" for key in keys)
         raise ValueError(f"{job.run_dir}: its training was begun with another {changed}; choose another run_dir")

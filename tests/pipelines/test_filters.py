@@ -65,6 +65,20 @@ def test_with_nothing_asked_for_the_clip_is_that_of_read_clip(source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("filters", [ClipFilters(duplicate_bits=4), ClipFilters(cut_free=True, cut_screen=255)])
+def test_what_is_kept_at_several_sizes_is_what_is_kept_at_each_alone(source, filters):
+    data = replace(DATA, windows=2, also_sizes=[96, 32], filters=filters)
+    kept = Selection(data, DECODERS).video(SOURCES[source], "a")
+    for number, size in enumerate(data.sizes):
+        alone = Selection(replace(data, size=size, also_sizes=[]), DECODERS).video(SOURCES[source], "a")
+        assert kept.clips.keys() == alone.clips.keys() == {0, 1}
+        for window, clip in kept.clips.items():
+            assert clip.start_s == alone.clips[window].start_s
+            np.testing.assert_array_equal((clip.frames, *clip.also)[number], alone.clips[window].frames)
+        assert number or kept.hashes == alone.hashes
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_windows_of_a_video_do_not_overlap_and_the_first_is_as_without_others(source):
     data = SOURCES[source]
     for key in ("a", "b", "c"):

@@ -137,7 +137,7 @@ def test_the_latents_are_those_of_the_rows_that_are_ok(prepared, corpus, stream,
             pixels = clip.frames
             assert (rows.fps[index], rows.start_s[index]) == (clip.source_fps, np.float32(clip.start_s))
         else:
-            pixels = read_image(data, 32)
+            pixels = read_image(data, 32).frames
         for stored, expected in zip((rows.mean, rows.logvar), encoder.encode(torch.from_numpy(pixels)), strict=True):
             np.testing.assert_allclose(stored[index], expected.transpose(0, 1).numpy(), rtol=2e-3, atol=2e-3)
 

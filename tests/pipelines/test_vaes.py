@@ -64,7 +64,7 @@ def test_an_actor_that_stays_away_is_asked_once(ray_session, tiny_model, monkeyp
 
     monkeypatch.setattr(vaes, "PATIENCE_S", 2.0)
     path = f"{tiny_model}/vae"
-    given = (path, encoder_id(path), 32, 4)
+    given = (path, encoder_id(path), [32], 4)
     kind = ray.remote(LocalVae)
     away, there = kind.options(num_cpus=99).remote(*given), kind.options(num_cpus=1).remote(*given)
     remote = RemoteVae(VaePool([away, there], ray.get(there.facts.remote())))
@@ -88,7 +88,7 @@ def test_a_cluster_without_room_is_one_error(ray_session, corpus, tiny_model, tm
     with pytest.raises(ValueError, match=r"data\.encode\.vae_workers: 0 of 3 have started .* of 0\.6 GPUs"):
         prepare(str(tmp_path), data, path, 0)
     assert "waiting for 3 GPUs, the cluster has 0: 3 VAEs (data.encode.vae_workers), one" in capfd.readouterr().out
-    with vae_pool(TOGETHER, path, "", 32) as none:
+    with vae_pool(TOGETHER, path, "", [32]) as none:
         assert none is None
 
 
