@@ -93,8 +93,8 @@ class TrainJob:
             wanted = (self.model.unet.channels, self.frames_of(stream), self.size // 8, self.size // 8)
             if info.shape[2:] != wanted[2:]:
                 raise ValueError(
-                    f"data.size: {self.size}, but {found[stream].path} has latents of {info.shape[-1] * 8} pixels; prepare "
-                    f"such {stream} with data.size {self.size}, or beside these with data.also_sizes [{self.size}]"
+                    f"data.size: {self.size}, but {found[stream].path} has latents of {info.shape[-1] * 8} pixels; "
+                    f"jobs/prepare_data.py makes those of data.size and of data.also_sizes"
                 )
             if info.shape != wanted:
                 raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
@@ -107,7 +107,7 @@ class TrainJob:
         return shards.list_shards(self.latents_folder(stream))
 
     def latents_folder(self, stream: Stream) -> str:
-        """Where latents of `size` lie: where `data.also_sizes` has them written, if it has, unless `latents` holds them."""
+        """Where its latents of `size` lie: `latents`, if it holds such or there are no others, or a folder of theirs."""
         data_dir = storage.join(self.run_dir, "data")
         main, own = shards.latents_folder(data_dir, stream), shards.latents_folder(data_dir, stream, self.size)
         if not storage.exists(own):

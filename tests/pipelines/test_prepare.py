@@ -302,6 +302,8 @@ def test_what_cannot_work_is_said_before_anything_is_spent(prepared, tmp_path):
         prepare(run_dir, data, str(tmp_path / "none"), SEED)
     with pytest.raises(ValueError, match="both unset"):
         prepare(run_dir, replace(data, videos=StreamConfig(), images=StreamConfig()), prepared.vae, SEED)
+    with pytest.raises(ValueError, match=r"data\.also_sizes: 32 is data\.size as well"):
+        prepare(run_dir, replace(data, also_sizes=[64, 32]), prepared.vae, SEED)
     with pytest.raises(ValueError, match=r"webvid\.csv: no column URL, TEXT"):
         prepare(run_dir, replace(data, images=replace(data.videos, columns="laion2b-en")), prepared.vae, SEED)
     (tmp_path / "file").write_text("")
