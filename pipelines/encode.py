@@ -69,13 +69,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that came through: `moments` are its mean and logvar of each size, fp16 [c, f, h, w]."""
+    """A row that came through: `moments` are its mean and logvar, fp16 [c, f, h, w], by size."""
 
     row_id: str
     caption: str
     fps: float
     start_s: float
-    moments: list[Moments]
+    moments: dict[int, Moments]
 
 
 class ShardEncoder:
@@ -101,14 +101,14 @@ class ShardEncoder:
             write_hashes(hashes_path(self.data_dir, stream, name), made.seen)
         if made.looks:
             write_sheet(sheet_path(self.data_dir, stream), made.looks[: ACROSS * DOWN])
-        written = [self._write(made, size) for size in self.data.sizes]
+        written = {size: self._write(made, size) for size in self.data.sizes}
         write_ledger(storage.join(self.data_dir, "ledger", stream, f"{name}.parquet"), made.entries)
         took = {"fetch": made.task["fetch_s"], "encode": made.seconds}
         summary = {
             "rows": len(made.entries),
             "status": Counter(entry.status for entry in made.entries),
-            **written[0],
-            "also": dict(zip(self.data.also_sizes, written[1:], strict=True)),
+            **written.pop(self.data.size),
+            "also": written,
             "bytes": sum(entry.bytes for entry in made.entries),
             "seconds": took,
             "ended": time.time(),
@@ -182,15 +182,14 @@ class MediaEncoder:
         ok = sum(entry.status == "ok" for entry in entries)
         if not ok <= len(kept) <= ok * self.data.windows:
             raise RuntimeError(f"shard {task['name']}: {ok} rows are ok, but there are {len(kept)} latents")
-        latents = {size: self._latents(task, frames, kept, number) for number, size in enumerate(self.data.sizes)}
+        latents = {size: self._latents(task, frames, kept, size) for size in self.data.sizes}
         return Encoded(task, entries, latents, looks, seen, time.monotonic() - begun)
 
-    def _latents(self, task: dict, frames: int, kept: list[_Row], number: int) -> Latents:
-        """Of the size of that number."""
-        facts = self.vae.facts()[self.data.sizes[number]]
+    def _latents(self, task: dict, frames: int, kept: list[_Row], size: int) -> Latents:
+        facts = self.vae.facts()[size]
         channels, height, width = facts.shape
         info = LatentInfo(task["stream"], (channels, frames, height, width), facts.id, facts.scale, task["data_hash"])
-        return Latents(info, _rows_of(kept, number, info, self.data.keep_variance))
+        return Latents(info, _rows_of(kept, size, info, self.data.keep_variance))
 
     def _decode(self, stream: str, row: dict) -> Decoded:
         body, caption = row["body"], row["caption"]
@@ -213,7 +212,7 @@ class MediaEncoder:
         of_sizes = zip(*((clip.frames, *clip.also) for _, _, clip in clips), strict=True)
         moments = zip(*map(self._encode_frames, of_sizes), strict=True)
         return [
-            _Row(row_id, caption, clip.source_fps, clip.start_s, list(of_clip))
+            _Row(row_id, caption, clip.source_fps, clip.start_s, dict(zip(self.data.sizes, of_clip, strict=True)))
             for (row_id, caption, clip), of_clip in zip(clips, moments, strict=True)
         ]
 
@@ -226,15 +225,15 @@ class MediaEncoder:
         return list(zip(mean, logvar, strict=True))
 
 
-def _rows_of(kept: list[_Row], number: int, info: LatentInfo, keep_variance: bool) -> shards.Rows:
+def _rows_of(kept: list[_Row], size: int, info: LatentInfo, keep_variance: bool) -> shards.Rows:
     def stacked(latents: list[np.ndarray]) -> np.ndarray:
         return np.stack(latents) if latents else np.empty((0, *info.shape), info.dtype)
 
     return shards.Rows(
         row_id=[row.row_id for row in kept],
         caption=[row.caption for row in kept],
-        mean=stacked([row.moments[number][0] for row in kept]),
-        logvar=stacked([row.moments[number][1] for row in kept]) if keep_variance else None,
+        mean=stacked([row.moments[size][0] for row in kept]),
+        logvar=stacked([row.moments[size][1] for row in kept]) if keep_variance else None,
         fps=np.array([row.fps for row in kept], np.float32),
         start_s=np.array([row.start_s for row in kept], np.float32),
     )

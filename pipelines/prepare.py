@@ -1,7 +1,7 @@
 """From manifests to latent shards: Ray Data downloads, decodes and encodes what is not done yet.
 
-The unit of work is a shard: one row group of a normalised manifest becomes one latent shard, one part of the
-ledger and one summary, which is written last. Shards are named after their rows and the settings that matter,
+The unit of work is a shard: one row group of a normalised manifest becomes one latent shard of each size, one part of
+the ledger and one summary, which is written last. Shards are named after their rows and the settings that matter,
 so running this again makes what is missing and nothing else.
 """
 

@@ -107,7 +107,7 @@ class TrainJob:
         return shards.list_shards(self.latents_folder(stream))
 
     def latents_folder(self, stream: Stream) -> str:
-        """Where its latents of `size` lie: `latents`, if it holds such or there are no others, or a folder of theirs."""
+        """Where its latents of `size` lie: `latents` if it holds such or there are no others, else their own."""
         data_dir = storage.join(self.run_dir, "data")
         main, own = shards.latents_folder(data_dir, stream), shards.latents_folder(data_dir, stream, self.size)
         if not storage.exists(own):

@@ -72,10 +72,9 @@ def test_what_keeps_a_run_from_training_names_its_key(job: TrainJob, train: dict
 
 def test_shards_and_weights_must_be_the_configurations(job: TrainJob) -> None:
     for changes, said in (
-        ({"size": 64}, "data.size: 64, but "),
         (
             {"size": 64},
-            "/data/latents/images has latents of 32 pixels; jobs/prepare_data.py makes those of data.size and",
+            "data/latents/images has latents of 32 pixels; jobs/prepare_data.py makes those of data.size",
         ),
         ({"frames": 4}, "videos: shards hold latents of (4, 2, 4, 4)"),
         ({"model": replace(job.model, text=TextConfig())}, "model.text.weights is not set"),
