@@ -25,7 +25,7 @@ def read_image(data: bytes, size: int, max_pixels: int = 100_000_000, also_sizes
 
     MediaError: not_media, corrupt, too_many_pixels (by the header, before anything is decoded).
     """
-    decoded: dict[int, np.ndarray] = {}
+    decoded: dict[int, np.ndarray] = {}  # by a JPEG's scale, so that a size is the same whatever others are wanted
     frames = []
     with decoding():
         for side in (size, *also_sizes):
@@ -34,7 +34,7 @@ def read_image(data: bytes, size: int, max_pixels: int = 100_000_000, also_sizes
             width = image.width
             image.draft("RGB", (side * 3 // 2, side * 3 // 2))  # JPEG at a half or a quarter, where that still suffices
             scale = round(width / image.width)
-            if scale not in decoded:  # so that a square is the same whatever other sizes are wanted
+            if scale not in decoded:
                 plain = _plain_jpeg(image, data, scale)
                 decoded[scale] = _on_white(image) if plain is None else plain
             frames.append(square(decoded[scale], side, quick=True)[None])

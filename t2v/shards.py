@@ -236,7 +236,7 @@ def info_in(folder: str) -> LatentInfo | None:
     if storage.exists(index):
         return info_from_json(storage.read_json(index)["info"])
     first = storage.listing(folder, ".parquet")[:1]
-    return open_shard(storage.join(folder, first[0])).info if first else None
+    return _from_footer(storage.join(folder, first[0])).info if first else None
 
 
 def list_shards(folder: str) -> list[Shard]:
