@@ -213,7 +213,7 @@ class DataConfig:
     """From URL lists to latent shards: the middle square, 16 frames at 3 fps (paper 4.1.1).
 
     `also_sizes` are further sizes at which the same frames are encoded, into latents of their own, which training with
-    such a `size` finds. Filters look at frames of `size` alone. Setting it anew makes all shards anew.
+    such a `size` finds. Filters look at frames of `size` alone. To change them makes all shards anew.
     `raw` may keep what is downloaded, as it came, in WebDataset tars.
     Of each video up to `windows` windows are taken that do not overlap.
     """
