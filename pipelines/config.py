@@ -212,11 +212,14 @@ class ClipFilters:
 class DataConfig:
     """From URL lists to latent shards: the middle square, 16 frames at 3 fps (paper 4.1.1).
 
+    `also_sizes` are further sizes at which the same frames are encoded, into latents of their own, which training with
+    such a `size` finds. Filters look at frames of `size` alone. To change them makes all shards anew.
     `raw` may keep what is downloaded, as it came, in WebDataset tars.
     Of each video up to `windows` windows are taken that do not overlap.
     """
 
     size: int = 256
+    also_sizes: list[int] = field(default_factory=list)
     frames: int = 16
     fps: float = 3.0
     keep_variance: bool = True
@@ -230,11 +233,19 @@ class DataConfig:
     filters: ClipFilters = field(default_factory=ClipFilters)
 
     def __post_init__(self) -> None:
-        if self.size < 8 or self.size % 8:
-            raise ValueError(f"size: {self.size} is no multiple of 8, the VAE's downsampling")
+        for name, size in (("size", self.size), *(("also_sizes", also) for also in self.also_sizes)):
+            if size < 8 or size % 8:
+                raise ValueError(f"{name}: {size} is no multiple of 8, the VAE's downsampling")
+        if len(set(self.also_sizes)) < len(self.also_sizes):
+            raise ValueError(f"also_sizes: {self.also_sizes} names a size twice")
         at_least(1, self, "frames", "windows")
         above_zero(self, "fps")
         finite(self, "fps")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All that are made, `size` first."""
+        return (self.size, *self.also_sizes)
 
 
 @dataclass

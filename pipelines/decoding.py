@@ -32,7 +32,8 @@ from pipelines.config import DecodeConfig
 from pipelines.media import Clip, MediaError
 from pipelines.windows import Windows
 
-Made = Clip | Windows | np.ndarray  # what functions in a decoder process may give: numbers, and arrays of uint8
+# What functions in a decoder process may give: numbers, arrays of uint8 and tuples of such arrays.
+Made = Clip | Windows | np.ndarray
 _KINDS: dict[str, Callable[..., Made]] = {"Clip": Clip, "Windows": Windows, "ndarray": lambda frames: frames}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ENVIRONMENT = {
@@ -111,10 +112,7 @@ class _Decoder:
             answer = json.loads(self.connection.recv_bytes(self.max_bytes))
             if "status" in answer:
                 raise MediaError(answer["status"], answer["message"])
-            arrays = {
-                name: np.frombuffer(self.connection.recv_bytes(self.max_bytes), np.uint8).reshape(shape)
-                for name, shape in answer["shapes"].items()
-            }
+            arrays = {name: self._arrays(shape) for name, shape in answer["shapes"].items()}
             return _KINDS[answer["kind"]](**answer["facts"], **arrays)
         except BlockingIOError:
             self.process.kill()
@@ -122,6 +120,12 @@ class _Decoder:
             raise _DecoderLost("decode_timeout", f"not decoded in {self.timeout_s:g} s") from None
         except (EOFError, OSError, ValueError, TypeError, KeyError):  # the last three where the answer is none
             raise _DecoderLost("decoder_crashed", f"the decoder ended by {self.end()}") from None
+
+    def _arrays(self, shape: list) -> Any:
+        """The next array, or one of each of several shapes."""
+        if not shape or isinstance(shape[0], list):
+            return tuple(map(self._arrays, shape))
+        return np.frombuffer(self.connection.recv_bytes(self.max_bytes), np.uint8).reshape(shape)
 
     def end(self) -> str:
         """Kill the process where it still runs; returns what it ended by."""
@@ -170,12 +174,16 @@ def _serve(connection: Connection) -> None:
             connection.send_bytes(json.dumps({"status": error.status, "message": error.message}).encode())
             continue
         facts = {"frames": made} if isinstance(made, np.ndarray) else dict(vars(made))
-        arrays = {name: np.ascontiguousarray(value) for name, value in facts.items() if isinstance(value, np.ndarray)}
+        arrays = {name: value for name, value in facts.items() if isinstance(value, np.ndarray | tuple)}
         facts = {name: value for name, value in facts.items() if name not in arrays}
-        shapes = {name: array.shape for name, array in arrays.items()}
+        shapes = {
+            name: [array.shape for array in value] if isinstance(value, tuple) else value.shape
+            for name, value in arrays.items()
+        }
         connection.send_bytes(json.dumps({"kind": type(made).__name__, "facts": facts, "shapes": shapes}).encode())
-        for array in arrays.values():
-            connection.send_bytes(array.reshape(-1).data)
+        for value in arrays.values():
+            for array in value if isinstance(value, tuple) else (value,):
+                connection.send_bytes(np.ascontiguousarray(array).reshape(-1).data)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ k clips of frames [f, y, x, 3]; c latent channels, h w latent size.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -27,13 +27,20 @@ from pipelines.likeness import Seen, hashes_path, write_hashes
 from pipelines.media import Clip, MediaError
 from pipelines.meters import Meters
 from pipelines.sheet import ACROSS, DOWN, sheet_path, tiles, write_sheet
-from pipelines.vaes import LocalVae, RemoteVae, VaePool
+from pipelines.vaes import LocalVae, Moments, RemoteVae, VaePool
 from pipelines.windows import sample_id
 from t2v import shards, storage
 from t2v.shards import LatentInfo
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
+
+
+class Latents(NamedTuple):
+    """What a shard holds at one size."""
+
+    info: LatentInfo
+    rows: shards.Rows
 
 
 class Decoded(NamedTuple):
@@ -48,13 +55,13 @@ class Decoded(NamedTuple):
 class Encoded:
     """What became of a shard: its task and the seconds it took, its rows in the ledger, and those that came through.
 
-    `looks` are tiles of the first shard's frames, `seen` the hashes by which near duplicates are known.
+    `latents` has the same rows for each size. `looks` are tiles of the first shard's frames, `seen` the hashes by which
+    near duplicates are known.
     """
 
     task: dict
-    info: LatentInfo
     entries: list[Entry]
-    rows: shards.Rows
+    latents: dict[int, Latents]
     looks: list[np.ndarray]
     seen: Seen
     seconds: float
@@ -62,14 +69,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that came through: mean and logvar are fp16 [c, f, h, w]."""
+    """A row that came through: `moments` are its mean and logvar, fp16 [c, f, h, w], by size."""
 
     row_id: str
     caption: str
     fps: float
     start_s: float
-    mean: np.ndarray
-    logvar: np.ndarray
+    moments: dict[int, Moments]
 
 
 class ShardEncoder:
@@ -90,28 +96,39 @@ class ShardEncoder:
         return pa.table({"stream": [made.task["stream"]], "rows": [len(made.entries)], "ok": [ok]})
 
     def _commit(self, made: Encoded) -> None:
-        name, stream, rows = made.task["name"], made.task["stream"], made.rows
+        name, stream = made.task["name"], made.task["stream"]
         if self.data.filters.duplicate_bits is not None:
             write_hashes(hashes_path(self.data_dir, stream, name), made.seen)
         if made.looks:
             write_sheet(sheet_path(self.data_dir, stream), made.looks[: ACROSS * DOWN])
-        path = storage.join(self.data_dir, "latents", stream, f"{name}.parquet")
-        shard = shards.write_shard(path, made.info, **vars(rows))
+        written = {size: self._write(made, size) for size in self.data.sizes}
         write_ledger(storage.join(self.data_dir, "ledger", stream, f"{name}.parquet"), made.entries)
         took = {"fetch": made.task["fetch_s"], "encode": made.seconds}
         summary = {
             "rows": len(made.entries),
             "status": Counter(entry.status for entry in made.entries),
-            "samples": len(rows),
-            "row_groups": shard.row_groups,
-            "digest": shards.digest_rows(rows),
-            "info": asdict(made.info),
+            **written.pop(self.data.size),
+            "also": written,
             "bytes": sum(entry.bytes for entry in made.entries),
             "seconds": took,
             "ended": time.time(),
         }
         storage.write_json(storage.join(self.data_dir, "done", stream, f"{name}.json"), summary)
-        self.meters.shard(stream, made.entries, len(rows) * made.info.frames, took)
+        info, rows = made.latents[self.data.size]
+        self.meters.shard(stream, made.entries, len(rows) * info.frames, took)
+
+    def _write(self, made: Encoded, size: int) -> dict:
+        """Write the latents of one size; what the summary says of them."""
+        info, rows = made.latents[size]
+        also_size = None if size == self.data.size else size
+        path = shards.latents_path(self.data_dir, info.stream, made.task["name"], also_size)
+        shard = shards.write_shard(path, info, **vars(rows))
+        return {
+            "samples": len(rows),
+            "row_groups": shard.row_groups,
+            "digest": shards.digest_rows(rows),
+            "info": asdict(info),
+        }
 
 
 class MediaEncoder:
@@ -122,7 +139,7 @@ class MediaEncoder:
 
     def __init__(self, data: DataConfig, vae_path: str, encoder: str, seed: int, vaes: VaePool | None = None) -> None:
         self.data, self.seed = data, seed
-        self.vae = RemoteVae(vaes) if vaes else LocalVae(vae_path, encoder, data.size, data.encode.batch_frames)
+        self.vae = RemoteVae(vaes) if vaes else LocalVae(vae_path, encoder, data.sizes, data.encode.batch_frames)
         self.threads = max(1, int(data.encode.cpus_per_worker))
         self.pool = ThreadPoolExecutor(self.threads)
         self.vae_calls = ThreadPoolExecutor(2 * data.encode.shards_at_once)
@@ -162,14 +179,17 @@ class MediaEncoder:
 
         if len(entries) != task["rows"]:
             raise RuntimeError(f"shard {task['name']}: {task['rows']} rows in, {len(entries)} in its ledger")
-        facts = self.vae.facts()
-        channels, height, width = facts.shape
-        info = LatentInfo(task["stream"], (channels, frames, height, width), facts.id, facts.scale, task["data_hash"])
         ok = sum(entry.status == "ok" for entry in entries)
         if not ok <= len(kept) <= ok * self.data.windows:
             raise RuntimeError(f"shard {task['name']}: {ok} rows are ok, but there are {len(kept)} latents")
-        rows = _rows_of(kept, info, self.data.keep_variance)
-        return Encoded(task, info, entries, rows, looks, seen, time.monotonic() - begun)
+        latents = {size: self._latents(task, frames, kept, size) for size in self.data.sizes}
+        return Encoded(task, entries, latents, looks, seen, time.monotonic() - begun)
+
+    def _latents(self, task: dict, frames: int, kept: list[_Row], size: int) -> Latents:
+        facts = self.vae.facts()[size]
+        channels, height, width = facts.shape
+        info = LatentInfo(task["stream"], (channels, frames, height, width), facts.id, facts.scale, task["data_hash"])
+        return Latents(info, _rows_of(kept, size, info, self.data.keep_variance))
 
     def _decode(self, stream: str, row: dict) -> Decoded:
         body, caption = row["body"], row["caption"]
@@ -189,25 +209,31 @@ class MediaEncoder:
     def _encode(self, clips: list[tuple[str, str, Clip]]) -> list[_Row]:
         if not clips:
             return []
-        mean, logvar = (
-            part.reshape(len(clips), -1, *part.shape[1:]).swapaxes(1, 2)  # k c f h w
-            for part in self.vae.encode(np.concatenate([clip.frames for _, _, clip in clips]))
-        )
+        of_sizes = zip(*((clip.frames, *clip.also) for _, _, clip in clips), strict=True)
+        moments = zip(*map(self._encode_frames, of_sizes), strict=True)
         return [
-            _Row(row_id, caption, clip.source_fps, clip.start_s, mean[index], logvar[index])
-            for index, (row_id, caption, clip) in enumerate(clips)
+            _Row(row_id, caption, clip.source_fps, clip.start_s, dict(zip(self.data.sizes, of_clip, strict=True)))
+            for (row_id, caption, clip), of_clip in zip(clips, moments, strict=True)
         ]
 
+    def _encode_frames(self, clips: Sequence[np.ndarray]) -> list[Moments]:
+        """Mean and logvar [c, f, h, w] of each clip; they are of one size."""
+        mean, logvar = (
+            part.reshape(len(clips), -1, *part.shape[1:]).swapaxes(1, 2)  # k c f h w
+            for part in self.vae.encode(np.concatenate(clips))
+        )
+        return list(zip(mean, logvar, strict=True))
 
-def _rows_of(kept: list[_Row], info: LatentInfo, keep_variance: bool) -> shards.Rows:
+
+def _rows_of(kept: list[_Row], size: int, info: LatentInfo, keep_variance: bool) -> shards.Rows:
     def stacked(latents: list[np.ndarray]) -> np.ndarray:
         return np.stack(latents) if latents else np.empty((0, *info.shape), info.dtype)
 
     return shards.Rows(
         row_id=[row.row_id for row in kept],
         caption=[row.caption for row in kept],
-        mean=stacked([row.mean for row in kept]),
-        logvar=stacked([row.logvar for row in kept]) if keep_variance else None,
+        mean=stacked([row.moments[size][0] for row in kept]),
+        logvar=stacked([row.moments[size][1] for row in kept]) if keep_variance else None,
         fps=np.array([row.fps for row in kept], np.float32),
         start_s=np.array([row.start_s for row in kept], np.float32),
     )

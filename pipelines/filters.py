@@ -67,18 +67,19 @@ class Selection:
 
     def picture(self, body: bytes) -> Kept:
         """A picture as a clip of one frame."""
-        frames = self._decoders.call(read_image, body, self._data.size, self._data.fetch.max_pixels)
-        if refusal := self._refusal(frames):
+        data = self._data
+        clip: Clip = self._decoders.call(read_image, body, data.size, data.fetch.max_pixels, data.also_sizes)
+        if refusal := self._refusal(clip.frames):
             raise refusal
         wanted = self._config.duplicate_bits is not None
-        return Kept({0: Clip(frames, 0.0, 0.0)}, (perceptual_hash(frames[0]), 0) if wanted else None)
+        return Kept({0: clip}, (perceptual_hash(clip.frames[0]), 0) if wanted else None)
 
     def _read(
         self, body: bytes, key: str = "", count: int = 0, starts_s: list[float] | None = None, marks: bool = False,
         watch: bool = False,
     ) -> Windows:  # fmt: skip
         data = self._data
-        clip = (data.frames, data.fps, data.size, data.fetch.max_pixels)
+        clip = (data.frames, data.fps, data.sizes, data.fetch.max_pixels)
         return self._decoders.call(read_windows, body, *clip, key, count, starts_s, marks, watch)
 
     def _without_cuts(self, body: bytes, slack_s: float, key: str) -> list[Clip]:
@@ -122,8 +123,8 @@ class Selection:
 
 def _clips(windows: Windows) -> list[Clip]:
     return [
-        Clip(frames, windows.source_fps, start_s)
-        for frames, start_s in zip(windows.clips, windows.starts_s, strict=True)
+        Clip(frames, windows.source_fps, start_s, tuple(also))
+        for start_s, frames, *also in zip(windows.starts_s, *windows.clips, strict=True)
     ]
 
 

@@ -40,7 +40,7 @@ def toned(image: np.ndarray, source: VideoFrame) -> np.ndarray:
             raise
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _graph(width: int, height: int, *_: int) -> Graph:
     """One for each kind of frame, because its table is made anew where the kind changes."""
     graph = Graph()

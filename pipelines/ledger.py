@@ -95,6 +95,11 @@ def read_done(data: str, stream: str, names: Sequence[str]) -> Iterator[tuple[st
         yield from zip(some, map(json.loads, contents), strict=True)
 
 
+def by_size(summary: dict) -> dict[int | None, dict]:
+    """What the summary of a shard says of its latents: of `data.size` (None), and of each of `data.also_sizes`."""
+    return {None: summary} | {int(size): said for size, said in summary.get("also", {}).items()}
+
+
 def funnel_text(funnel: Mapping[str, Mapping[str, int]]) -> str:
     """The funnel as a table: one column a stream, rows in, each status that occurs, and the yield in per cent."""
     streams = sorted(funnel, reverse=True)

@@ -14,14 +14,13 @@ import io
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import av
-import cv2
 import numpy as np
 from av import VideoFrame
 from av.container import InputContainer
@@ -32,6 +31,7 @@ from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.hdr import FORMAT, is_hdr, toned
+from pipelines.square import square
 
 if TYPE_CHECKING:  # PyArrow is not for the processes that decode
     from pipelines.ledger import Status
@@ -52,11 +52,15 @@ class MediaError(Exception):
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 [f, y, x, 3], the frame rate of their source, and where in it the first one is wanted."""
+    """Frames uint8 [f, y, x, 3], the frame rate of their source, and where in it the first one is wanted.
+
+    `also` are the same frames at other sizes.
+    """
 
     frames: np.ndarray
     source_fps: float
     start_s: float
+    also: tuple[np.ndarray, ...] = ()
 
 
 def read_clip(
@@ -98,20 +102,24 @@ class Video:
             _refuse_short(self.span, self.stream, wanted_s)
         return max(slack_s, 0)
 
-    def clip(self, start_s: float, frames: int, fps: float, size: int) -> Clip:
+    def clip(self, start_s: float, frames: int, fps: float, *sizes: int) -> Clip:
         """The window that begins at `start_s`, decoding no more than it needs. MediaError: corrupt."""
         ticks = self._ticks(start_s, frames, fps)
         with decoding():
-            squares = _planned(self.container, self.stream, self.span, ticks, size)
-            squares = squares or _seen(self.container, self.stream, self.span, ticks, size)
-        return Clip(np.stack(squares), float(self.stream.average_rate or 0), start_s)
+            squares = _planned(self.container, self.stream, self.span, ticks, sizes)
+            squares = squares or _seen(self.container, self.stream, self.span, ticks, sizes)
+        return self._clip(squares, start_s)
 
-    def watched_clip(self, start_s: float, frames: int, fps: float, size: int) -> "tuple[Clip, Watched]":
+    def watched_clip(self, start_s: float, frames: int, fps: float, *sizes: int) -> "tuple[Clip, Watched]":
         """The same, and every frame from the first wanted one to the last, none left out: small and uncropped."""
         ticks, watched = self._ticks(start_s, frames, fps), Watched()
         with decoding():
-            squares = _seen(self.container, self.stream, self.span, ticks, size, watched)
-        return Clip(np.stack(squares), float(self.stream.average_rate or 0), start_s), watched
+            squares = _seen(self.container, self.stream, self.span, ticks, sizes, watched)
+        return self._clip(squares, start_s), watched
+
+    def _clip(self, squares: list[list[np.ndarray]], start_s: float) -> Clip:
+        frames, *also = (np.stack(of_a_size) for of_a_size in zip(*squares, strict=True))
+        return Clip(frames, float(self.stream.average_rate or 0), start_s, tuple(also))
 
     def _ticks(self, start_s: float, frames: int, fps: float) -> list[int]:
         first, tick_s = self.span.first, self.span.tick_s
@@ -236,21 +244,21 @@ def _refuse_short(span: _Span, stream: VideoStream, wanted_s: float) -> NoReturn
 
 
 def _planned(
-    container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int], size: int
-) -> list[np.ndarray]:
+    container: InputContainer, stream: VideoStream, span: _Span, ticks: list[int], sizes: Sequence[int]
+) -> list[list[np.ndarray]]:
     """The squares shown at `ticks`, by decoding what they need alone; none where that cannot be known."""
     if not span.times or stream.codec_context.name != "h264" or container.format.name not in _WITH_TIMES:
         return []
     wanted = [span.times[bisect_right(span.times, tick) - 1] for tick in ticks]
     converter = VideoReformatter()
-    squares: dict[int, np.ndarray] = {}
+    squares: dict[int, list[np.ndarray]] = {}
     before = span.first - 1
     for frame in _needed(container, stream, span, wanted):
         if frame.interlaced_frame or frame.pts is None or frame.pts <= before:  # two packets a frame, or wrong times
             return []
         before = frame.pts
         if frame.pts in wanted:
-            squares[frame.pts] = _square(frame, converter, size)
+            squares[frame.pts] = _squares(frame, converter, sizes)
     return [squares[time] for time in wanted] if squares.keys() >= set(wanted) else []
 
 
@@ -314,15 +322,15 @@ def _seen(
     stream: VideoStream,
     span: _Span,
     ticks: list[int],
-    size: int,
+    sizes: Sequence[int],
     watched: Watched | None = None,
-) -> list[np.ndarray]:
+) -> list[list[np.ndarray]]:
     """The squares shown at `ticks`, by decoding all frames from the keyframe before on."""
     converter = VideoReformatter()
     frames = _decoded_from(container, stream, span, ticks[0])
     if watched is not None:
         frames = _watching(frames, span, ticks, watched)
-    return [_square(frame, converter, size) for frame in _shown(frames, span, ticks)]
+    return [_squares(frame, converter, sizes) for frame in _shown(frames, span, ticks)]
 
 
 def _watching(
@@ -373,24 +381,12 @@ def _decoded_from(
             return
 
 
-def _square(frame: VideoFrame, converter: VideoReformatter, size: int) -> np.ndarray:
+def _squares(frame: VideoFrame, converter: VideoReformatter, sizes: Sequence[int]) -> list[np.ndarray]:
     if frame.is_corrupt:
         raise MediaError("corrupt", f"the frame at {frame.time:.2f} s is damaged")
     deep = is_hdr(frame)
     pixels = FORMAT if deep else "rgb24"
     image = converter.reformat(frame, format=pixels, threads=1).to_ndarray()  # its tables are made once a clip
-    upright = square(np.rot90(image, frame.rotation // 90), size)
-    return toned(upright, frame) if deep else upright
-
-
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of [y, x, 3], scaled to [size, size, 3], each pixel the mean over its area."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    middle = image[top : top + side, left : left + side]
-    # Intel's code takes half to a fifth of the time. It rounds halves its own way, so it is for what has none.
-    cv2.ipp.setUseIPP_NotExact(side > size and side // math.gcd(side, size) % 2 == 1)
-    scaled = cv2.resize(middle, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)
-    cv2.ipp.setUseIPP_NotExact(False)  # it is this thread's, whatever else is done in it
-    return scaled
+    upright = np.rot90(image, frame.rotation // 90)
+    squares = [square(upright, size) for size in sizes]
+    return [toned(one, frame) for one in squares] if deep else squares

@@ -141,8 +141,9 @@ class RowEncoder:
         name, stream, number = (made.task[key] for key in ("name", "stream", NUMBER))
         write_ledger(storage.join(_ledger(self._data_dir, stream), f"{name}.parquet"), made.entries)
         took = {"fetch": made.task["fetch_s"], "encode": made.seconds}
-        self._meters.shard(stream, made.entries, len(made.rows) * made.info.frames, took)
-        return numbered(rows_table(name, made.info, made.rows), number)
+        ((info, rows),) = made.latents.values()
+        self._meters.shard(stream, made.entries, len(rows) * info.frames, took)
+        return numbered(rows_table(name, info, rows), number)
 
 
 def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> tuple[Online, dict[Stream, Source]]:
@@ -159,6 +160,8 @@ def open_online(run_dir: str, data: DataConfig, vae_path: str | None, seed: int)
         raise ValueError("data.filters.duplicates_across needs all latents; with train.feed online set it to false")
     if data.encode.vae_workers:
         raise ValueError("data.encode.vae_workers: VAEs apart are for prepare_data; with train.feed online set it to 0")
+    if data.also_sizes:
+        raise ValueError("data.also_sizes: further sizes are for prepare_data; with train.feed online set it to []")
     for stream in STREAMS:
         if getattr(data, stream).manifest is None:
             raise ValueError(

@@ -1,12 +1,12 @@
 """From manifests to latent shards: Ray Data downloads, decodes and encodes what is not done yet.
 
-The unit of work is a shard: one row group of a normalised manifest becomes one latent shard, one part of the
-ledger and one summary, which is written last. Shards are named after their rows and the settings that matter,
+The unit of work is a shard: one row group of a normalised manifest becomes one latent shard of each size, one part of
+the ledger and one summary, which is written last. Shards are named after their rows and the settings that matter,
 so running this again makes what is missing and nothing else.
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -20,7 +20,7 @@ from pipelines.cells import read_cells
 from pipelines.config import ClipFilters, DataConfig, StreamConfig
 from pipelines.download import open_engine
 from pipelines.fetch import Fetched
-from pipelines.ledger import Funnel, funnel_text, read_done, yield_percent
+from pipelines.ledger import Funnel, by_size, funnel_text, read_done, yield_percent
 from pipelines.manifests import Manifest, Source, normalise, read_shard, stored
 from pipelines.raw import write_raw
 from pipelines.ray_data import quieten, tell_if_too_small
@@ -28,7 +28,7 @@ from pipelines.vaes import vae_pool
 from t2v import storage
 from t2v.config import Stream
 from t2v.digest import digest_of
-from t2v.shards import Shard, encoder_id, info_from_json, write_index
+from t2v.shards import Shard, encoder_id, info_from_json, latents_folder, latents_path, write_index
 
 # Ray's driver keeps kilobytes for each block until its dataset ends (ray-project/ray#66016). So a block holds several
 # shards where there are many, and one dataset covers no more than that its end and new encoders weigh little.
@@ -80,6 +80,8 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
     `vae_path` is a diffusers AutoencoderKL folder. Manifests, VAE and run folder are tried before Ray is
     touched, and with nothing to do it is not touched at all.
     """
+    if data.size in data.also_sizes:
+        raise ValueError(f"data.also_sizes: {data.size} is data.size as well")
     encoder = encoder_id(vae_path)
     if data.filters != ClipFilters():
         from pipelines.filters import check_filters
@@ -106,7 +108,7 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
         rows, ok = 0, 0
         windows = (tasks.slice(start, _SHARDS_AT_ONCE) for start in range(0, len(tasks), _SHARDS_AT_ONCE))
         _tell_needs(data)
-        with vae_pool(data.encode, storage.absolute(str(vae_path)), encoder, data.size) as vaes:
+        with vae_pool(data.encode, storage.absolute(str(vae_path)), encoder, data.sizes) as vaes:
             made_shards = chain.from_iterable(_make(window, data, settings | {"vaes": vaes}) for window in windows)
             for done, made in enumerate(made_shards, start=total - len(tasks) + 1):
                 rows, ok = rows + made["rows"], ok + made["ok"]
@@ -115,7 +117,7 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
         from pipelines.twins import drop_twins
 
         for plan in plans:
-            drop_twins(data_dir, plan.stream, plan.names, data.filters.duplicate_bits)
+            drop_twins(data_dir, plan.stream, plan.names, data.also_sizes, data.filters.duplicate_bits)
     return _finish(data_dir, plans)
 
 
@@ -243,6 +245,8 @@ def _settings_hash(stream: Stream, data: DataConfig, encoder: str, seed: int) ->
         settings |= {"version": _CLIPS_VERSION, "frames": data.frames, "fps": data.fps, "seed": seed}
         if data.windows > 1:
             settings["windows"] = data.windows
+    if data.also_sizes:
+        settings["also_sizes"] = sorted(data.also_sizes)
     if data.filters != ClipFilters():
         settings["filters"] = asdict(data.filters)
     return digest_of(settings, digits=12)
@@ -253,17 +257,19 @@ def _finish(data_dir: str, plans: list[StreamPlan]) -> Funnel:
     funnel: Funnel = {}
     samples: dict[str, int] = {}
     for plan in plans:
-        folder = storage.join(data_dir, "latents", plan.stream)
-        made: list[Shard] = []
+        made: dict[int | None, list[Shard]] = defaultdict(list)
         funnel[plan.stream] = Counter()
         for name, one in read_done(data_dir, plan.stream, plan.names):
-            info = made[0].info if made else info_from_json(one["info"])  # the same in all shards of one plan
-            made.append(Shard(storage.join(folder, f"{name}.parquet"), tuple(one["row_groups"]), info))
             funnel[plan.stream].update(one["status"])
-        if missing := plan.manifest.shards.num_rows - len(made):
+            for size, said in by_size(one).items():
+                path = latents_path(data_dir, plan.stream, name, size)
+                info = made[size][0].info if made[size] else info_from_json(said["info"])  # of all shards of a plan
+                made[size].append(Shard(path, tuple(said["row_groups"]), info))
+        if missing := plan.manifest.shards.num_rows - len(made[None]):
             raise RuntimeError(f"{plan.stream}: {missing} shards were not made; run this again")
-        write_index(folder, made)
-        samples[plan.stream] = sum(shard.rows for shard in made)
+        for size, of_size in made.items():
+            write_index(latents_folder(data_dir, plan.stream, size), of_size)
+        samples[plan.stream] = sum(shard.rows for shard in made[None])
     storage.write_json(
         storage.join(data_dir, "funnel.json"),
         {

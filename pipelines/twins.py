@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.ledger import Entry, write_ledger
+from pipelines.ledger import Entry, by_size, write_ledger
 from pipelines.likeness import hashes_path
 from pipelines.windows import row_id_of
 from t2v import shards, storage
@@ -38,7 +38,7 @@ class Hashes(NamedTuple):
         return Hashes(self.order[rows], self.first[rows], self.second[rows])
 
 
-def drop_twins(data_dir: str, stream: str, names: Sequence[str], max_bits: int) -> None:
+def drop_twins(data_dir: str, stream: str, names: Sequence[str], also_sizes: Sequence[int], max_bits: int) -> None:
     """Leave near duplicates out of the shards `names` of a stream, all of them made, and say how many there were.
 
     Nothing is done if these shards have been through it already.
@@ -50,7 +50,8 @@ def drop_twins(data_dir: str, stream: str, names: Sequence[str], max_bits: int) 
     losing: dict[int, dict[int, int]] = defaultdict(dict)
     for row, kept in twins.items():
         losing[row >> 32][row & 0xFFFFFFFF] = kept
-    storage.remove(storage.join(data_dir, "latents", stream, shards.INDEX))  # it tells how many rows each shard has
+    for size in (None, *also_sizes):  # an index tells how many rows each shard has
+        storage.remove(storage.join(shards.latents_folder(data_dir, stream, size), shards.INDEX))
     tasks = [
         (data_dir, stream, names[number], rows, {kept >> 32: names[kept >> 32] for kept in rows.values()})
         for number, rows in losing.items()
@@ -165,21 +166,17 @@ def _write_without(data_dir: str, stream: str, name: str, twins: dict[int, int],
     row_ids = _row_ids(data_dir, stream, name)
     kept = {number: _row_ids(data_dir, stream, other) for number, other in names.items()}
     told = {row_ids[row]: kept[order >> 32][order & 0xFFFFFFFF] for row, order in twins.items()}
-    shard, digest = shards.drop_rows(
-        storage.join(data_dir, "latents", stream, f"{name}.parquet"), lambda sample: row_id_of(sample) in told
-    )
+    done = storage.join(data_dir, "done", stream, f"{name}.json")
+    summary = storage.read_json(done)
+    for size, said in by_size(summary).items():
+        path = shards.latents_path(data_dir, stream, name, size)
+        shard, digest = shards.drop_rows(path, lambda sample: row_id_of(sample) in told)
+        said.update(samples=shard.rows, row_groups=shard.row_groups, digest=digest)
     path = storage.join(data_dir, "ledger", stream, f"{name}.parquet")
     entries = [Entry(**row) for row in pq.read_table(storage.open_read(path)).to_pylist()]
     entries = [_told(entry, told) for entry in entries]
     write_ledger(path, entries)
-    path = storage.join(data_dir, "done", stream, f"{name}.json")
-    changed = {
-        "status": Counter(entry.status for entry in entries),
-        "samples": shard.rows,
-        "row_groups": shard.row_groups,
-        "digest": digest,
-    }
-    storage.write_json(path, storage.read_json(path) | changed)
+    storage.write_json(done, summary | {"status": Counter(entry.status for entry in entries)})
 
 
 def _row_ids(data_dir: str, stream: str, name: str) -> list[str]:

@@ -7,7 +7,7 @@ torch and the VAE are imported where one is loaded, so that the driver need not 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from random import sample
 from threading import Lock
@@ -40,10 +40,10 @@ def vae_facts(vae: Any, size: int) -> VaeFacts:
 
 
 class VaePool(NamedTuple):
-    """The actors that hold a VAE each, LocalVae all of them, and what they said of it."""
+    """The actors that hold a VAE each, LocalVae all of them, and what they said of it, by size."""
 
     actors: list[Any]
-    facts: VaeFacts
+    facts: dict[int, VaeFacts]
 
 
 class LocalVae:
@@ -52,7 +52,7 @@ class LocalVae:
     ValueError if it is not the one that `encoder` names, or is broken.
     """
 
-    def __init__(self, vae_path: str, encoder: str, size: int, batch_frames: int) -> None:
+    def __init__(self, vae_path: str, encoder: str, sizes: Sequence[int], batch_frames: int) -> None:
         import torch
 
         from t2v.frozen import load_vae
@@ -62,9 +62,10 @@ class LocalVae:
         self._is_free = Lock()
         if self._vae.id != encoder:
             raise ValueError(f"{vae_path}: weights {self._vae.id} here, but {encoder} where the run was started")
-        self._facts = vae_facts(self._vae, size)
+        self._facts = {size: vae_facts(self._vae, size) for size in sizes}
 
-    def facts(self) -> VaeFacts:
+    def facts(self) -> dict[int, VaeFacts]:
+        """By size."""
         return self._facts
 
     def encode(self, frames: np.ndarray) -> Moments:
@@ -88,7 +89,7 @@ class RemoteVae:
         self._calls: dict[Any, int] = {}  # those without an answer, each with the number of its actor
         self._lock = Lock()
 
-    def facts(self) -> VaeFacts:
+    def facts(self) -> dict[int, VaeFacts]:
         return self._facts
 
     def encode(self, frames: np.ndarray) -> Moments:
@@ -117,7 +118,7 @@ class RemoteVae:
 
 
 @contextmanager
-def vae_pool(config: EncodeConfig, vae_path: str, encoder: str, size: int) -> Iterator[VaePool | None]:
+def vae_pool(config: EncodeConfig, vae_path: str, encoder: str, sizes: Sequence[int]) -> Iterator[VaePool | None]:
     """The actors that `vae_workers` asks for, which live until the block or the driver ends; None for 0.
 
     ValueError if not all of them have started after half an hour, in which a cluster may grow.
@@ -134,7 +135,7 @@ def vae_pool(config: EncodeConfig, vae_path: str, encoder: str, size: int) -> It
         max_task_retries=-1,
         max_concurrency=2,  # the next batch is copied while the GPU has one
     )
-    actors = [kind.remote(vae_path, encoder, size, config.batch_frames) for _ in range(config.vae_workers)]
+    actors = [kind.remote(vae_path, encoder, sizes, config.batch_frames) for _ in range(config.vae_workers)]
     try:
         told = [actor.facts.remote() for actor in actors]
         ready, late = ray.wait(told, num_returns=len(told), timeout=START_S)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.ledger import by_size
 from pipelines.manifests import read_shard
 from pipelines.prepare import BLOCKS, stored_plans
 from pipelines.ray_data import quieten
@@ -45,22 +46,33 @@ def damage(data_dir: str, task: dict) -> str:
         summary = storage.read_json(storage.join(data_dir, "done", stream, f"{name}.json"))
         with storage.open_read(storage.join(data_dir, "ledger", stream, f"{name}.parquet")) as file:
             entries = pq.read_table(file).to_pylist()
-        rows = shards.read_shard(storage.join(data_dir, "latents", stream, f"{name}.parquet"))
-    except (OSError, ValueError) as error:  # of Arrow, JSON and the shard itself
+    except (OSError, ValueError) as error:  # of Arrow and JSON
         return f"cannot be read: {error}"
     asked = [row["row_id"] for row in read_shard(task["manifest"], task["index"])]
     if [entry["row_id"] for entry in entries] != asked:
         return "its ledger does not hold the rows of its manifest, one for one"
     if Counter(entry["status"] for entry in entries) != Counter(summary["status"]):
         return "its ledger and its summary count differently"
-    kept = list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id))
-    if kept != [entry["row_id"] for entry in entries if entry["status"] == "ok"]:
+    ok = [entry["row_id"] for entry in entries if entry["status"] == "ok"]
+    for size, said in by_size(summary).items():
+        if wrong := _damage_of_latents(shards.latents_path(data_dir, stream, name, size), ok, said["digest"]):
+            return f"at {size} pixels, {wrong}" if size else wrong
+    return ""
+
+
+def _damage_of_latents(path: str, ok: list[str], digest: str) -> str:
+    """The same of the latents of one size, which are to be those of the rows `ok`."""
+    try:
+        rows = shards.read_shard(path)
+    except (OSError, ValueError) as error:  # of Arrow and the shard itself
+        return f"cannot be read: {error}"
+    if list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id)) != ok:
         return "its latents are not those of the rows that its ledger calls ok"
     if len(set(rows.row_id)) < len(rows):
         return "it holds a row twice"
     if not all(np.isfinite(latents).all() for latents in (rows.mean, rows.logvar) if latents is not None):
         return "it holds latents that are not finite"
-    if shards.digest_rows(rows) != summary["digest"]:
+    if shards.digest_rows(rows) != digest:
         return "its content is not what was written"
     return ""
 

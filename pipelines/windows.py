@@ -1,6 +1,7 @@
 """Where in a video its windows lie: the first is uniform over all that fit, the others over what is left free."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,22 +48,23 @@ class Places:
 
 @dataclass(frozen=True)
 class Windows:
-    """What one reading of a video gives: clips uint8 [n, f, y, x, 3] that begin at `starts_s`, and what was asked for.
+    """What one reading of a video gives: the clips that begin at `starts_s`, and what was asked for.
 
-    `marks` are the frames uint8 [y, x, 3] at a third and at two thirds of it; `watched` is as in Watched, of one clip.
+    `clips` are uint8 [n, f, y, x, 3], once for each size. `marks` are the frames uint8 [y, x, 3] at a third and at two
+    thirds of it; `watched` is as in Watched, of one clip.
     """
 
     slack_s: float
     source_fps: float
     starts_s: list[float]
-    clips: np.ndarray
+    clips: tuple[np.ndarray, ...]
     marks: np.ndarray
     watched: np.ndarray
     times_s: list[float]
 
 
 def read_windows(
-    data: bytes, frames: int, fps: float, size: int, max_pixels: int, key: str, count: int,
+    data: bytes, frames: int, fps: float, sizes: Sequence[int], max_pixels: int, key: str, count: int,
     starts_s: list[float] | None, marks: bool, watch: bool,
 ) -> Windows:  # fmt: skip
     """Cut windows as `read_clip` does: at `starts_s`, or up to `count` drawn from `key` that do not overlap.
@@ -73,20 +75,22 @@ def read_windows(
     with open_video(data, max_pixels) as video:
         slack_s = video.slack_s(length_s)
         starts = Places(slack_s, length_s, key).several(count) if starts_s is None else starts_s
-        clips = []
-        for start_s in starts:
-            clip, seen = video.watched_clip(start_s, frames, fps, size) if watch else (None, Watched())
-            clips.append((clip or video.clip(start_s, frames, fps, size)).frames)
+        clips = tuple(np.empty((len(starts), frames, size, size, 3), np.uint8) for size in sizes)
+        for number, start_s in enumerate(starts):
+            clip, seen = video.watched_clip(start_s, frames, fps, *sizes) if watch else (None, Watched())
+            clip = clip or video.clip(start_s, frames, fps, *sizes)
+            for of_size, made in zip(clips, (clip.frames, *clip.also), strict=True):
+                of_size[number] = made
             watched.frames += seen.frames
             watched.times_s += seen.times_s
         places = [video.seconds * part for part in (1 / 3, 2 / 3)] if marks else []
-        landmarks = [video.clip(place_s, 1, fps, size).frames[0] for place_s in places]
+        landmarks = [video.clip(place_s, 1, fps, sizes[0]).frames[0] for place_s in places]
         return Windows(
             slack_s,
             float(video.stream.average_rate or 0),
             starts,
-            np.stack(clips) if clips else np.empty((0, frames, size, size, 3), np.uint8),
-            np.stack(landmarks) if landmarks else np.empty((0, size, size, 3), np.uint8),
+            clips,
+            np.stack(landmarks) if landmarks else np.empty((0, sizes[0], sizes[0], 3), np.uint8),
             np.stack(watched.frames) if watched.frames else np.empty((0, 27, 48, 3), np.uint8),
             watched.times_s,
         )

@@ -51,7 +51,7 @@ class Epochs:
 
     def __init__(self, job: TrainJob, stream: Stream) -> None:
         self.stream = stream
-        self._latents = storage.join(job.run_dir, "data", "latents", stream)
+        self._latents = job.latents_folder(stream)
         self._lists = storage.join(job.run_dir, "train", "epochs")
         self._shards = [self._listed(0)]
         self.held_out = _held_out(self._shards[0], job, stream)

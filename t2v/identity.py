@@ -18,6 +18,7 @@ def keep_identity(job: TrainJob) -> None:
     begun = storage.read_json(path) if storage.exists(path) else {}
     identity = {
         "seed": job.seed,
+        "size": job.size,
         "frames": job.frames,
         "unet": asdict(job.model.unet),
         "text": asdict(job.model.text),
@@ -33,6 +34,7 @@ def keep_identity(job: TrainJob) -> None:
     if not begun:
         storage.write_json(path, identity)
         return
+    begun = {"size": job.size} | begun  # it was not written down while there was one size alone
     if keys := [key for key in identity | begun if identity.get(key) != begun.get(key)]:
         changed = ", ".join(f"{key} (was {begun.get(key)})" for key in keys)
         raise ValueError(f"{job.run_dir}: its training was begun with another {changed}; choose another run_dir")

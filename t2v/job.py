@@ -97,6 +97,11 @@ class TrainJob:
         for stream in STREAMS:
             info = found[stream].info
             wanted = (self.model.unet.channels, self.frames_of(stream), self.size // 8, self.size // 8)
+            if info.shape[2:] != wanted[2:]:
+                raise ValueError(
+                    f"data.size: {self.size}, but {found[stream].path} has latents of {info.shape[-1] * 8} pixels; "
+                    f"jobs/prepare_data.py makes those of data.size and of data.also_sizes"
+                )
             if info.shape != wanted:
                 raise ValueError(f"{stream}: shards hold latents of {info.shape}, the configuration wants {wanted}")
             if info.encoder != encoder:
@@ -105,12 +110,21 @@ class TrainJob:
 
     def latent_shards(self, stream: Stream) -> list[Shard]:
         """What jobs/prepare_data.py has made of a stream."""
-        return shards.list_shards(storage.join(self.run_dir, "data", "latents", stream))
+        return shards.list_shards(self.latents_folder(stream))
+
+    def latents_folder(self, stream: Stream) -> str:
+        """Where its latents of `size` lie: `latents` if it holds such or there are no others, else their own."""
+        data_dir = storage.join(self.run_dir, "data")
+        main, own = shards.latents_folder(data_dir, stream), shards.latents_folder(data_dir, stream, self.size)
+        if not storage.exists(own):
+            return main
+        info = shards.info_in(main)
+        return main if info and info.shape[-1] == self.size // 8 else own
 
     def _latents(self, stream: Stream) -> Source:
         found = self.latent_shards(stream)
-        rows, folder = sum(shard.rows for shard in found), storage.join(self.run_dir, "data", "latents", stream)
-        return Source(found[0].info, folder, shards.digest_shards(found), rows, len(found))
+        rows = sum(shard.rows for shard in found)
+        return Source(found[0].info, self.latents_folder(stream), shards.digest_shards(found), rows, len(found))
 
     def prompts(self) -> list[str]:
         """A few captions of videos, for the samples along the way."""

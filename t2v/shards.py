@@ -214,6 +214,25 @@ def drop_rows(path: str, unwanted: Callable[[str], bool]) -> tuple[Shard, str]:
     return write_shard(path, info, **vars(kept)), digest_rows(kept)
 
 
+def latents_folder(data_dir: str, stream: str, also_size: int | None = None) -> str:
+    """Where the latents of a stream lie in a run's data folder: of `data.size`, or of one of `data.also_sizes`."""
+    return storage.join(data_dir, f"latents_{also_size}" if also_size else "latents", stream)
+
+
+def latents_path(data_dir: str, stream: str, name: str, also_size: int | None = None) -> str:
+    """The file of a shard in that folder."""
+    return storage.join(latents_folder(data_dir, stream, also_size), f"{name}.parquet")
+
+
+def info_in(folder: str) -> LatentInfo | None:
+    """What the rows of a folder's shards have in common, by its index or else by the first shard; None without any."""
+    index = storage.join(folder, INDEX)
+    if storage.exists(index):
+        return info_from_json(storage.read_json(index)["info"])
+    first = storage.listing(folder, ".parquet")[:1]
+    return _from_footer(storage.join(folder, first[0])).info if first else None
+
+
 def list_shards(folder: str) -> list[Shard]:
     """The shards of a stream that hold rows, sorted by name.
 

@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipelines import media
+from pipelines.square import square
 from tests.benchmarks.header import header
 
 FPS, SECONDS, HEIGHT, WIDTH, SIZE = 25, 30, 336, 596, 256
@@ -49,7 +50,7 @@ def movie(gop: int) -> bytes:
 
 
 def squares(images: object) -> np.ndarray:
-    return np.stack([media.square(image, SIZE) for image in images])  # type: ignore[attr-defined]
+    return np.stack([square(image, SIZE) for image in images])  # type: ignore[attr-defined]
 
 
 def needed(data: bytes, wanted: list[int]) -> list[av.Packet]:

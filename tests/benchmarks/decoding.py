@@ -37,7 +37,7 @@ def clip(body: bytes) -> np.ndarray:
 
 
 def picture(body: bytes) -> np.ndarray:
-    return read_image(body, SIZE)
+    return read_image(body, SIZE).frames
 
 
 def no_clip(body: bytes) -> np.ndarray:

@@ -83,7 +83,7 @@ class Fuzzer:
             if kind == "clip":
                 frames = self.decoders.call(read_clip, body, FRAMES, 3.0, SIZE, "random", "key", MAX_PIXELS).frames
             else:
-                frames = self.decoders.call(read_image, body, SIZE, MAX_PIXELS)
+                frames = self.decoders.call(read_image, body, SIZE, MAX_PIXELS).frames
         except MediaError as error:
             return "out of memory" if error.message == "out of memory" else error.status
         return "ok" if frames.shape == (FRAMES if kind == "clip" else 1, SIZE, SIZE, 3) else "wrong shape"

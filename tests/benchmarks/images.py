@@ -95,7 +95,7 @@ def this_code(shards: list[list[dict]], output: Path) -> Iterator[None]:
         fetched = download([row["url"] for row in rows])
         with storage.open_atomic(f"{output}/{index:05d}.tar") as file, TarWriter(file, mtime=0) as tar:
             for row, one in zip(rows, fetched, strict=True):
-                (frame,) = read_image(one.body, SIZE)
+                (frame,) = read_image(one.body, SIZE).frames
                 frame = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
                 jpeg = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
                 members = {"jpg": jpeg, "txt": row["caption"].encode(), "json": json.dumps(row).encode()}

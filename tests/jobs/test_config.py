@@ -68,6 +68,8 @@ def test_overrides_come_last_and_the_digest_follows_the_values() -> None:
         (["--sample.sampler", "euler"], "'ddim', 'dpm++', 'unipc'"),
         (["--model.unet.block_out_channels", "[100]"], "model.unet.block_out_channels: 100 is no multiple of"),
         (["--data.size", "60"], "data.size: 60 is no multiple of 8"),
+        (["--data.also_sizes", "[64, 60]"], "data.also_sizes: 60 is no multiple of 8"),
+        (["--data.also_sizes", "[64, 64]"], "data.also_sizes: [64, 64] names a size twice"),
         (["--train.mix.slots", "9"], "train.mix.slots: 9 is no multiple of image_every (8)"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--data.fetch.allow_networks", "[home]"], "data.fetch.allow_networks: 'home' does not appear to be"),

@@ -36,7 +36,9 @@ def test_a_clip_and_a_picture_are_what_they_are_without_a_process(decoders):
     )
     np.testing.assert_array_equal(clip.frames, here.frames)
     assert (clip.source_fps, clip.start_s) == (here.source_fps, here.start_s)
-    np.testing.assert_array_equal(decoders.call(read_image, picture, 64), read_image(picture, 64))
+    made = decoders.call(read_image, picture, 64, 9_000_000, [32, 8])
+    for frames, expected in zip((made.frames, *made.also), (64, 32, 8), strict=True):
+        np.testing.assert_array_equal(frames, read_image(picture, expected).frames)
 
 
 def test_what_is_wrong_with_a_file_does_not_cost_the_process(decoders):

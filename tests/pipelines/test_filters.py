@@ -65,6 +65,20 @@ def test_with_nothing_asked_for_the_clip_is_that_of_read_clip(source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("filters", [ClipFilters(duplicate_bits=4), ClipFilters(cut_free=True, cut_screen=255)])
+def test_what_is_kept_at_several_sizes_is_what_is_kept_at_each_alone(source, filters):
+    data = replace(DATA, windows=2, also_sizes=[96, 32], filters=filters)
+    kept = Selection(data, DECODERS).video(SOURCES[source], "a")
+    for number, size in enumerate(data.sizes):
+        alone = Selection(replace(data, size=size, also_sizes=[]), DECODERS).video(SOURCES[source], "a")
+        assert kept.clips.keys() == alone.clips.keys() == {0, 1}
+        for window, clip in kept.clips.items():
+            assert clip.start_s == alone.clips[window].start_s
+            np.testing.assert_array_equal((clip.frames, *clip.also)[number], alone.clips[window].frames)
+        assert number or kept.hashes == alone.hashes
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_windows_of_a_video_do_not_overlap_and_the_first_is_as_without_others(source):
     data = SOURCES[source]
     for key in ("a", "b", "c"):
@@ -296,6 +310,8 @@ def test_a_row_gives_several_samples_and_stays_one_row_of_the_ledger(prepared):
 def test_filters_name_their_shards_and_none_leaves_the_names_as_they_were():
     plain = _settings_hash("videos", DataConfig(), "encoder", 0)
     assert plain == "5da2e414cd72"
-    others = [DataConfig(windows=2), DataConfig(filters=ClipFilters(min_motion=1))]
-    assert len({plain, *(_settings_hash("videos", data, "encoder", 0) for data in others)}) == 3
+    others = [DataConfig(windows=2), DataConfig(filters=ClipFilters(min_motion=1)), DataConfig(also_sizes=[128, 64])]
+    assert len({plain, *(_settings_hash("videos", data, "encoder", 0) for data in others)}) == 4
+    reordered = DataConfig(also_sizes=[64, 128])
+    assert _settings_hash("videos", reordered, "encoder", 0) == _settings_hash("videos", others[2], "encoder", 0)
     assert _settings_hash("images", others[0], "encoder", 0) == _settings_hash("images", DataConfig(), "encoder", 0)

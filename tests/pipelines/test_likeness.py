@@ -24,6 +24,7 @@ from pipelines.likeness import Seen, perceptual_hash, write_hashes
 from pipelines.prepare import prepare
 from pipelines.shapes import draw_scene, render
 from pipelines.twins import find_twins
+from pipelines.verify import verify
 from t2v import shards
 from tests.pipelines.conftest import real_clip
 
@@ -115,6 +116,7 @@ def copies(corpus):
 def run(tmp_path, manifest, model, shard_rows, **filters):
     data = DataConfig(
         size=32,
+        also_sizes=[16],
         images=StreamConfig(manifest, "generic", shard_rows=shard_rows),
         fetch=FetchConfig(allow_networks=["127.0.0.0/8"]),
         encode=EncodeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=1),
@@ -128,10 +130,10 @@ def statuses(tmp_path):
     return {int(entry.url.rsplit("/", 1)[1].removesuffix(".img")): entry for entry in entries}
 
 
-def stored(tmp_path):
+def stored(tmp_path, latents="latents"):
     """The captions in the shards, as the training order sees them, and every row_id there."""
     rows = []
-    for shard in shards.list_shards(str(tmp_path / "data/latents/images")):
+    for shard in shards.list_shards(str(tmp_path / "data" / latents / "images")):
         for group, count in enumerate(shard.row_groups):
             found = shards.read_rows(shard.path, group)
             assert len(found) == count
@@ -194,6 +196,7 @@ def test_copies_in_other_shards_leave_shards_ledger_and_index(ray_session, copie
     rows = stored(tmp_path)
     assert [caption for _, caption in rows] == [f"picture {row}" for row in range(24) if row not in refused]
     assert [row_id for row_id, _ in rows] == [entries[row].row_id for row in range(24) if row not in refused]
+    assert stored(tmp_path, "latents_16") == rows and verify(str(tmp_path)) == 0
 
     files = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.*") if path.is_file()}
     assert prepare(str(tmp_path), data, f"{tiny_model}/vae", 0) == funnel
@@ -202,4 +205,4 @@ def test_copies_in_other_shards_leave_shards_ledger_and_index(ray_session, copie
     assert prepare(str(tmp_path), data, f"{tiny_model}/vae", 0) == funnel
     untimed = {path for path in files if path != lost and "ledger" not in path.parts}
     assert {path for path in untimed if path.read_bytes() != files[path]} == set()
-    assert stored(tmp_path) == rows
+    assert stored(tmp_path) == stored(tmp_path, "latents_16") == rows

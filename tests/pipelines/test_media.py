@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.media import MediaError, read_clip, square
+from pipelines.media import MediaError, read_clip
 from pipelines.pictures import read_image
 from tests.pipelines.conftest import real_clip
 
@@ -287,22 +287,6 @@ def test_real_clips_that_are_too_short():
         assert refused.value.status == "too_short"
 
 
-@pytest.mark.parametrize(("side", "size"), [(336, 256), (480, 256), (1080, 256), (512, 256), (64, 48), (257, 256)])
-def test_each_pixel_is_the_mean_over_its_area(side, size):
-    image = np.random.default_rng(0).integers(0, 256, (side, side + 50, 3), np.uint8)
-    edges = np.linspace(0, side, size + 1)
-    pixels = np.arange(side)
-    weights = np.clip(pixels + 1, edges[:-1, None], edges[1:, None]) - np.clip(
-        pixels, edges[:-1, None], edges[1:, None]
-    )
-    middle = image[:, 25 : 25 + side].astype(float)
-    mean = np.einsum("iy,yxc,jx->ijc", weights, middle, weights, optimize=True) * (size / side) ** 2
-    found = square(image, size)
-    assert np.abs(found - mean).max() < 0.501
-    scaled = cv2.resize(image[:, 25 : 25 + side], (size, size), interpolation=cv2.INTER_AREA)
-    assert (found != scaled).mean() < 1e-4  # so that clips stay what they were; else prepare's _CLIPS_VERSION counts up
-
-
 def saved(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -312,7 +296,7 @@ def saved(image, kind, **options):
 def test_the_middle_square_of_a_picture():
     image = Image.new("RGB", (300, 100), RED)
     image.paste(GREEN, (100, 0, 200, 100))
-    frames = read_image(saved(image, "PNG"), 64)
+    frames = read_image(saved(image, "PNG"), 64).frames
     assert (frames.shape, frames.dtype) == ((1, 64, 64, 3), np.uint8)
     assert (frames == GREEN).all()
 
@@ -320,9 +304,19 @@ def test_the_middle_square_of_a_picture():
 @pytest.mark.parametrize("size", [48, 100, 1000])
 def test_large_and_small_jpegs(size):
     image = Image.linear_gradient("L").resize((800, 600)).convert("RGB")
-    frames = read_image(saved(image, "JPEG", quality=95), size)
+    frames = read_image(saved(image, "JPEG", quality=95), size).frames
     expected = image.crop((100, 0, 700, 600)).resize((size, size), Image.Resampling.BOX)
     assert np.abs(frames[0].astype(int) - np.asarray(expected)).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_size_is_the_same_whatever_other_sizes_are_wanted(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    data = saved(Image.fromarray(noise), kind)
+    several = read_image(data, 128, also_sizes=[512, 64, 256])
+    for frames, size in zip((several.frames, *several.also), (128, 512, 64, 256), strict=True):
+        np.testing.assert_array_equal(frames, read_image(data, size).frames)
+        assert frames.shape == (1, size, size, 3)
 
 
 @pytest.mark.parametrize("side", [90, 300, 601, 2000])
@@ -330,7 +324,7 @@ def test_both_decoders_of_jpegs_give_the_same_pixels_at_every_scale(side):
     noise = np.random.default_rng(0).integers(0, 256, (side, side + 7, 3), np.uint8)
     data = saved(Image.fromarray(cv2.GaussianBlur(noise, (5, 5), 0)), "JPEG", quality=90)
     by_pillow = data + b"\0"  # does not end as it should, which is Pillow's to look at
-    np.testing.assert_array_equal(read_image(data, 64), read_image(by_pillow, 64))
+    np.testing.assert_array_equal(read_image(data, 64).frames, read_image(by_pillow, 64).frames)
 
 
 def test_a_picture_is_turned_upright():
@@ -338,7 +332,7 @@ def test_a_picture_is_turned_upright():
     image.paste(BLUE, (0, 0, 64, 32))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees, so that up becomes right
-    frames = read_image(saved(image, "JPEG", exif=exif, quality=95), 64)
+    frames = read_image(saved(image, "JPEG", exif=exif, quality=95), 64).frames
     assert frames[0, 32, 56, 2] > 200
     assert frames[0, 32, 8, 0] > 200
 
@@ -352,14 +346,14 @@ def test_every_orientation_is_turned_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(
-        read_image(saved(stored, "PNG", exif=exif), 64), read_image(saved(upright, "PNG"), 64)
+        read_image(saved(stored, "PNG", exif=exif), 64).frames, read_image(saved(upright, "PNG"), 64).frames
     )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_shown_as_eight(kind):
     grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
-    frames = read_image(saved(Image.fromarray(grey + 77), kind), 16)
+    frames = read_image(saved(Image.fromarray(grey + 77), kind), 16).frames
     np.testing.assert_array_equal(frames[0], np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
@@ -382,9 +376,9 @@ def test_what_is_transparent_is_white():
     palette = Image.new("P", (64, 64), 0)
     palette.putpalette([255, 0, 0])
     for data in (saved(clear, "PNG"), saved(clear, "WEBP"), saved(palette, "PNG", transparency=0)):
-        assert (read_image(data, 32) == 255).all()
+        assert (read_image(data, 32).frames == 255).all()
     half = saved(Image.new("RGBA", (64, 64), (255, 0, 0, 128)), "PNG")
-    assert np.abs(read_image(half, 32)[0, 0, 0].astype(int) - [255, 127, 127]).max() <= 1
+    assert np.abs(read_image(half, 32).frames[0, 0, 0].astype(int) - [255, 127, 127]).max() <= 1
 
 
 def test_pixels_are_counted_before_they_are_decoded():

@@ -77,6 +77,8 @@ def test_what_needs_all_latents_or_a_manifest_is_refused(tiny_model: str, tmp_pa
         open_online(str(tmp_path), replace(data, filters=filters), vae, 3)
     with pytest.raises(ValueError, match=r"data\.encode\.vae_workers: VAEs apart are for"):
         open_online(str(tmp_path), replace(data, encode=replace(data.encode, vae_workers=2)), vae, 3)
+    with pytest.raises(ValueError, match=r"data\.also_sizes: further sizes are for"):
+        open_online(str(tmp_path), replace(data, also_sizes=[64]), vae, 3)
     with pytest.raises(ValueError, match=r"data\.images\.manifest is not set"):
         open_online(str(tmp_path), replace(data, images=StreamConfig()), vae, 3)
     with pytest.raises(FileNotFoundError, match=r"model\.vae"):

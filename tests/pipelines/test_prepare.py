@@ -137,7 +137,7 @@ def test_the_latents_are_those_of_the_rows_that_are_ok(prepared, corpus, stream,
             pixels = clip.frames
             assert (rows.fps[index], rows.start_s[index]) == (clip.source_fps, np.float32(clip.start_s))
         else:
-            pixels = read_image(data, 32)
+            pixels = read_image(data, 32).frames
         for stored, expected in zip((rows.mean, rows.logvar), encoder.encode(torch.from_numpy(pixels)), strict=True):
             np.testing.assert_allclose(stored[index], expected.transpose(0, 1).numpy(), rtol=2e-3, atol=2e-3)
 
@@ -302,6 +302,8 @@ def test_what_cannot_work_is_said_before_anything_is_spent(prepared, tmp_path):
         prepare(run_dir, data, str(tmp_path / "none"), SEED)
     with pytest.raises(ValueError, match="both unset"):
         prepare(run_dir, replace(data, videos=StreamConfig(), images=StreamConfig()), prepared.vae, SEED)
+    with pytest.raises(ValueError, match=r"data\.also_sizes: 32 is data\.size as well"):
+        prepare(run_dir, replace(data, also_sizes=[64, 32]), prepared.vae, SEED)
     with pytest.raises(ValueError, match=r"webvid\.csv: no column URL, TEXT"):
         prepare(run_dir, replace(data, images=replace(data.videos, columns="laion2b-en")), prepared.vae, SEED)
     (tmp_path / "file").write_text("")

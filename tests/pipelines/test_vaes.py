@@ -36,9 +36,9 @@ def kill_each(run_dir):
 
 
 def made(run_dir):
-    latents = {path.name: path.read_bytes() for path in (run_dir / "data/latents/images").iterdir()}
+    latents = {path.relative_to(run_dir): path.read_bytes() for path in run_dir.glob("data/latents*/images/*")}
     summaries = [storage.read_json(str(path)) for path in sorted(run_dir.glob("data/done/images/*"))]
-    return latents, [{key: one[key] for key in ("rows", "status", "digest", "info")} for one in summaries]
+    return latents, [{key: one[key] for key in ("rows", "status", "digest", "info", "also")} for one in summaries]
 
 
 def test_killed_vae_actors_change_no_byte(ray_session, corpus, tiny_model, tmp_path):
@@ -48,7 +48,7 @@ def test_killed_vae_actors_change_no_byte(ray_session, corpus, tiny_model, tmp_p
         for path in sorted((corpus.folder / "images").glob("*.jpg")):
             shutil.copy(path, pictures / f"{copy}{path.name}")
     images = StreamConfig(str(pictures), "generic", shard_rows=20)
-    data = DataConfig(size=32, images=images, fetch=FetchConfig(cpus_per_task=0.25), encode=TOGETHER)
+    data = DataConfig(size=32, also_sizes=[16], images=images, fetch=FetchConfig(cpus_per_task=0.25), encode=TOGETHER)
     together, apart = tmp_path / "together", tmp_path / "apart"
     prepare(str(together), data, f"{tiny_model}/vae", 0)
     with ThreadPoolExecutor(1) as pool:
@@ -56,6 +56,7 @@ def test_killed_vae_actors_change_no_byte(ray_session, corpus, tiny_model, tmp_p
         prepare(str(apart), replace(data, encode=APART), f"{tiny_model}/vae", 0)
     assert len(killed.result()) == 2
     assert made(apart) == made(together)
+    assert {path.parts[1] for path in made(together)[0]} == {"latents", "latents_16"}
     assert not psutil.wait_procs(vae_processes(), timeout=20)[1]
 
 
@@ -64,7 +65,7 @@ def test_an_actor_that_stays_away_is_asked_once(ray_session, tiny_model, monkeyp
 
     monkeypatch.setattr(vaes, "PATIENCE_S", 2.0)
     path = f"{tiny_model}/vae"
-    given = (path, encoder_id(path), 32, 4)
+    given = (path, encoder_id(path), [32], 4)
     kind = ray.remote(LocalVae)
     away, there = kind.options(num_cpus=99).remote(*given), kind.options(num_cpus=1).remote(*given)
     remote = RemoteVae(VaePool([away, there], ray.get(there.facts.remote())))
@@ -88,7 +89,7 @@ def test_a_cluster_without_room_is_one_error(ray_session, corpus, tiny_model, tm
     with pytest.raises(ValueError, match=r"data\.encode\.vae_workers: 0 of 3 have started .* of 0\.6 GPUs"):
         prepare(str(tmp_path), data, path, 0)
     assert "waiting for 3 GPUs, the cluster has 0: 3 VAEs (data.encode.vae_workers), one" in capfd.readouterr().out
-    with vae_pool(TOGETHER, path, "", 32) as none:
+    with vae_pool(TOGETHER, path, "", [32]) as none:
         assert none is None
 
 

@@ -72,7 +72,10 @@ def test_what_keeps_a_run_from_training_names_its_key(job: TrainJob, train: dict
 
 def test_shards_and_weights_must_be_the_configurations(job: TrainJob) -> None:
     for changes, said in (
-        ({"size": 64}, "images: shards hold latents of (4, 1, 4, 4), the configuration wants (4, 1, 8, 8)"),
+        (
+            {"size": 64},
+            "data/latents/images has latents of 32 pixels; jobs/prepare_data.py makes those of data.size",
+        ),
         ({"frames": 4}, "videos: shards hold latents of (4, 2, 4, 4)"),
         ({"model": replace(job.model, text=TextConfig())}, "model.text.weights is not set"),
         ({"model": replace(job.model, text=TextConfig("/nowhere.pt"))}, "no file or folder /nowhere.pt"),
