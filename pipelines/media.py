@@ -383,16 +383,14 @@ def _square(frame: VideoFrame, converter: VideoReformatter, size: int) -> np.nda
     return toned(upright, frame) if deep else upright
 
 
-def square(image: np.ndarray, size: int, quick: bool = False) -> np.ndarray:
-    """The middle square of [y, x, 3], scaled to [size, size, 3].
-
-    Each pixel is the mean over its area. Between once and twice the size, `quick` comes within 0.1 dB of that in half
-    the time by two steps that OpenCV has vector instructions for: linearly to twice the size, then means of four.
-    """
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of [y, x, 3], scaled to [size, size, 3], each pixel the mean over its area."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     middle = image[top : top + side, left : left + side]
-    if quick and size < side < 2 * size:
-        middle = cv2.resize(middle, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(middle, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)
+    # Intel's code takes half to a fifth of the time. It rounds halves its own way, so it is for what has none.
+    cv2.ipp.setUseIPP_NotExact(side > size and side // math.gcd(side, size) % 2 == 1)
+    scaled = cv2.resize(middle, (size, size), interpolation=cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC)
+    cv2.ipp.setUseIPP_NotExact(False)  # it is this thread's, whatever else is done in it
+    return scaled
