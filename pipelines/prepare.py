@@ -35,7 +35,8 @@ from t2v.shards import Shard, encoder_id, info_from_json, latents_folder, latent
 BLOCKS = 1000
 _SHARDS_AT_ONCE = 10_000
 
-_CLIPS_VERSION = 2  # counts up when equal settings come to give other frames: since 2 HDR is tone-mapped
+# Each counts up when equal settings come to give other frames: since 2 HDR is tone-mapped, and pictures are area means.
+_VERSIONS: dict[Stream, int] = {"videos": 2, "images": 2}
 
 _FETCHED = {"body": pa.large_binary(), "status": pa.string(), "message": pa.string(), "seconds": pa.float32()}
 
@@ -240,9 +241,10 @@ def _settings_hash(stream: Stream, data: DataConfig, encoder: str, seed: int) ->
         "size": data.size,
         "keep_variance": data.keep_variance,
         "encoder": encoder,
+        "version": _VERSIONS[stream],
     }
     if stream == "videos":
-        settings |= {"version": _CLIPS_VERSION, "frames": data.frames, "fps": data.fps, "seed": seed}
+        settings |= {"frames": data.frames, "fps": data.fps, "seed": seed}
         if data.windows > 1:
             settings["windows"] = data.windows
     if data.also_sizes:

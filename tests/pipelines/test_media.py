@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.media import MediaError, read_clip, square
+from pipelines.media import MediaError, read_clip
 from pipelines.pictures import read_image
 from tests.pipelines.conftest import real_clip
 
@@ -285,22 +285,6 @@ def test_real_clips_that_are_too_short():
         with pytest.raises(MediaError) as refused:
             read_clip(str(real_clip(name)), 16, 3.0, 256)
         assert refused.value.status == "too_short"
-
-
-@pytest.mark.parametrize(("side", "size"), [(336, 256), (480, 256), (1080, 256), (512, 256), (64, 48), (257, 256)])
-def test_each_pixel_is_the_mean_over_its_area(side, size):
-    image = np.random.default_rng(0).integers(0, 256, (side, side + 50, 3), np.uint8)
-    edges = np.linspace(0, side, size + 1)
-    pixels = np.arange(side)
-    weights = np.clip(pixels + 1, edges[:-1, None], edges[1:, None]) - np.clip(
-        pixels, edges[:-1, None], edges[1:, None]
-    )
-    middle = image[:, 25 : 25 + side].astype(float)
-    mean = np.einsum("iy,yxc,jx->ijc", weights, middle, weights, optimize=True) * (size / side) ** 2
-    found = square(image, size)
-    assert np.abs(found - mean).max() < 0.501
-    scaled = cv2.resize(image[:, 25 : 25 + side], (size, size), interpolation=cv2.INTER_AREA)
-    assert (found != scaled).mean() < 1e-4  # so that clips stay what they were; else prepare's _CLIPS_VERSION counts up
 
 
 def saved(image, kind, **options):

@@ -20,4 +20,4 @@ def test_each_pixel_is_the_mean_over_its_area(side, size):
     found = square(image, size)
     assert np.abs(found - mean).max() < 0.501
     scaled = cv2.resize(image[:, 25 : 25 + side], (size, size), interpolation=cv2.INTER_AREA)
-    assert (found != scaled).mean() < 1e-4  # so that clips stay what they were; else prepare's _CLIPS_VERSION counts up
+    assert (found != scaled).mean() < 1e-4  # clips stay what they were, else prepare's _VERSIONS count up
