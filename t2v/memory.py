@@ -34,8 +34,9 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
 
     `ranks` are the micro-batches of each rank where they are not those that the job gives them.
 
-    All but `reserve` is what torch.cuda.max_memory_allocated will say. With `precision: fp32` it is a lower bound: the
-    kernels for attention, which keep least, are for 16 bits.
+    All but `reserve` is what torch.cuda.max_memory_allocated will say; with `graphs`, which keep the memory of their
+    activations, it says less than they are. With `precision: fp32` it is a lower bound: the kernels for attention,
+    which keep least, are for 16 bits.
     """
     world, train = job.train.workers, job.train
     ranks = ranks or [job.step.of_rank(rank, world) for rank in range(world)]

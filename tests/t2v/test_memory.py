@@ -68,6 +68,12 @@ def test_zero_divides_what_it_says() -> None:
     assert predict(published(trained="temporal"))["optimizer and average"] < state
 
 
+def test_graphs_keep_the_memory_of_activations_while_the_optimizer_steps() -> None:
+    mix = MixConfig(slots=8, frames_per_slot=256, micro_frames=128)
+    needed = predict(published(workers=1, mix=mix, recompute="gates", graphs=True))
+    assert sum(needed.values()) / GIB == pytest.approx(66443 / 1024, rel=0.03)  # what nvidia-smi said of an H100
+
+
 def test_a_small_batch_on_one_gpu_is_fullest_in_the_optimizers_step() -> None:
     mix = MixConfig(slots=2, image_every=2, frames_per_slot=16, micro_frames=16)
     small = predict(published(workers=1, mix=mix, zero_stage=2))
