@@ -13,11 +13,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from t2v import attention, kernels, recompute
 
-NUMBERS = {"eps": "fp32", "scale": "fp32", "threshold": "i64"} | dict.fromkeys(
-    ("P", "C", "M", "W", "S", "F", "L", "HEADS", "rows", "chunks", "per_shift", "seed"), "i32"
+NUMBERS = {"eps": "fp32", "scale": "fp32", "threshold": "i64", "seed": "*i64"} | dict.fromkeys(
+    ("P", "C", "M", "W", "S", "F", "L", "HEADS", "rows", "chunks", "per_shift"), "i32"
 )
 FP32 = {"sums", "affine", "stats", "out", "k", "dkv"}
 CASES = [
+    (kernels.norm_apply, {"SILU": False, "DROP": False, "seed": None, **recompute.NORM}),
     (kernels.norm_apply, {"SILU": True, "DROP": True, **recompute.NORM_WIDE}),
     (kernels.norm_backward_sums, {"SILU": True, "DROP": True, **recompute.NORM_BACKWARD_SUMS}),
     (kernels.norm_backward_apply, {"SILU": True, "DROP": True, "CARRIED": True, **recompute.NORM_BACKWARD}),

@@ -195,10 +195,13 @@ def test_a_missing_start_is_told_at_once_and_no_longer_once_there_is_a_checkpoin
 def test_what_does_not_fit_is_refused_before_training(data: Path) -> None:
     good = job(str(data), 2)
     assert {stream: found.shards for stream, found in good.sources().items()} == {"images": 3, "videos": 3}
-    with pytest.raises(
-        ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(4, 1, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"data.size: 64, but .*/latents/images has latents of 32 pixels"):
         replace(good, size=64).sources()
+    wide = replace(good.model, unet=replace(good.model.unet, channels=8))
+    with pytest.raises(
+        ValueError, match=r"shards hold latents of \(4, 1, 4, 4\), the configuration wants \(8, 1, 4, 4\)"
+    ):
+        replace(good, model=wide).sources()
     with pytest.raises(ValueError, match="4 images a step cannot be shared by 5 ranks"):
         replace(good, train=replace(good.train, workers=5)).sources()
     with pytest.raises(FileNotFoundError, match="run jobs/prepare_data.py first"):
