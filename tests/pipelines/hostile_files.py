@@ -10,7 +10,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.pipelines.test_media import encode, evenly, remuxed, saved, unevenly, x264
+from tests.pipelines.test_media import encode, evenly, remuxed, unevenly, x264
+from tests.pipelines.test_pictures import saved
 
 Cases = dict[str, tuple[bytes, str]]  # name -> content, statuses separated by blanks
 

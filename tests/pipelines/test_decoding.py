@@ -15,7 +15,8 @@ from pipelines.media import MediaError, read_clip
 from pipelines.pictures import read_image
 from tests.pipelines import misbehaving
 from tests.pipelines.misbehaving import counts
-from tests.pipelines.test_media import encode, evenly, saved, x264
+from tests.pipelines.test_media import encode, evenly, x264
+from tests.pipelines.test_pictures import saved
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pipelines.media import read_clip
 from pipelines.prepare import prepare
 from t2v import shards
 from tests.pipelines import hostile_files, hostile_web
-from tests.pipelines.test_media import saved
+from tests.pipelines.test_pictures import saved
 
 FETCH = FetchConfig(timeout_s=2, retries=0, max_bytes=3_000_000, max_pixels=4_000_000, allow_networks=["127.0.0.1/32"])
 CAPTIONS = [
