@@ -28,7 +28,7 @@ def train(data: Path, folder: Path, ranks: int, *plan: dict) -> str:
         shutil.copytree(data, folder / leg["run"], dirs_exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     arguments = ["-m", "tests.t2v.train_ranks", str(folder), json.dumps(plan)]
-    done = subprocess.run([*command, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

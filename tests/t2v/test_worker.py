@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,14 +47,12 @@ def job_of(run_dir: Path, steps: int = 40) -> TrainJob:
     return replace(whole, train=replace(whole.train, **cadence, **milestones, **machine))
 
 
-def kill_a_rank(run_dir: Path, killed: list[int]) -> None:
+def kill_a_rank(run_dir: Path, killed: list[int], is_over: threading.Event) -> None:
     """SIGKILL, once there is a checkpoint of both ranks."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
+    while not is_over.wait(0.05):
         shares = [len(list(folder.glob("rank-*.json"))) for folder in run_dir.glob("train/checkpoint_2*")]
         if 2 in shares:
             break
-        time.sleep(0.05)
     ranks = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in each.name()]
     for process in ranks[:1]:
         killed.append(process.pid)
@@ -71,9 +68,11 @@ def runs(ray_session: None, data: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("runs")
     fit(new_job(data, folder / "undisturbed"), tell)
     killed: list[int] = []
-    killer = threading.Thread(target=kill_a_rank, args=(folder / "killed", killed))
+    is_over = threading.Event()
+    killer = threading.Thread(target=kill_a_rank, args=(folder / "killed", killed, is_over), daemon=True)
     killer.start()
     fit(new_job(data, folder / "killed"), tell)
+    is_over.set()
     killer.join()
     assert killed
     return folder
