@@ -20,6 +20,7 @@ from pipelines.ledger import Status
 
 _BACKOFF_S = 0.5
 _REDIRECTS = (301, 302, 303, 307, 308)
+_PASSING = (408, 425, 429)  # besides 5xx: too slow, too early, too many requests
 _OPT_OUT = {"noai", "noimageai"}
 
 # (offset, bytes) by which files of pictures and videos begin, and what their names end in; nothing else goes on to a
@@ -62,11 +63,11 @@ class Fetched:
 
 
 class FetchError(Exception):
-    """A download that failed; `again` tells whether another attempt may help."""
+    """A download that failed; `again` tells whether another attempt may help, in `after_s` seconds or later."""
 
-    def __init__(self, status: Status, message: str, again: bool = False) -> None:
+    def __init__(self, status: Status, message: str, again: bool = False, after_s: float = 0.0) -> None:
         super().__init__(message)
-        self.status, self.message, self.again = status, message, again
+        self.status, self.message, self.again, self.after_s = status, message, again, after_s
 
 
 class Fetcher:
@@ -238,7 +239,7 @@ async def _tried(session: aiohttp.ClientSession, url: str, part: _Part, config: 
         if not failure.again:
             break
         if attempt < config.retries:
-            await asyncio.sleep(_BACKOFF_S * 2**attempt)
+            await asyncio.sleep(max(_BACKOFF_S * 2**attempt, min(failure.after_s, config.timeout_s)))
     return Fetched(b"", failure.status, failure.message, time.monotonic() - begun)
 
 
@@ -271,7 +272,9 @@ def _check_status(response: aiohttp.ClientResponse, part: _Part) -> None:
         part.forget()
         raise FetchError("http_error", f"{message}, not the range that was asked for", again=again)
     if not 200 <= response.status < 300:
-        raise FetchError("http_error", message, again=response.status >= 500)
+        after = response.headers.get("Retry-After", "")  # a date is taken for none (RFC 9110, 10.2.3)
+        again = response.status >= 500 or response.status in _PASSING
+        raise FetchError("http_error", message, again, float(after) if re.fullmatch(r"\d{1,6}", after) else 0.0)
 
 
 def _validator(response: aiohttp.ClientResponse) -> str:

@@ -111,7 +111,7 @@ def test_redirects_are_held_to_the_same_rules():
     ],
 )
 def test_final_failures_have_their_reason_and_are_not_retried(url, status, message):
-    (fetched,), asked = fetch([url], FetchConfig(allow_networks=LOOPBACK, max_bytes=10_000, retries=0))
+    (fetched,), asked = fetch([url], FetchConfig(allow_networks=LOOPBACK, max_bytes=10_000, retries=1))
     assert (fetched.status, fetched.body) == (status, b"")
     assert message in fetched.message
     assert max(asked.values(), default=0) <= (6 if status == "too_many_redirects" else 1)
@@ -122,6 +122,7 @@ def test_final_failures_have_their_reason_and_are_not_retried(url, status, messa
     [
         ("/flaky", "ok", 2),
         ("/status/503", "http_error", 2),
+        ("/status/429", "http_error", 2),
         ("/status/404", "http_404", 1),
         ("/cut", "connection", 2),
         ("/stalled", "timeout", 2),
@@ -130,6 +131,13 @@ def test_final_failures_have_their_reason_and_are_not_retried(url, status, messa
 def test_what_may_pass_is_tried_again(url, status, attempts):
     (fetched,), asked = fetch([url], FetchConfig(allow_networks=LOOPBACK, retries=1, timeout_s=0.4))
     assert (fetched.status, asked[url]) == (status, attempts)
+
+
+@pytest.mark.parametrize(("after", "least_s"), [("1", 1.0), ("60", 1.5), ("Fri, 01 Jan 2100 00:00:00 GMT", 0.0)])
+def test_a_busy_server_is_given_the_time_it_asks_for_up_to_that_of_an_attempt(after, least_s):
+    (fetched,), asked = fetch([f"/busy?{after}"], FetchConfig(allow_networks=LOOPBACK, retries=1, timeout_s=1.5))
+    assert (fetched.status, asked["/busy"]) == ("ok", 2)
+    assert least_s <= fetched.seconds < 30
 
 
 def test_opting_out_can_be_overruled():
@@ -267,6 +275,10 @@ def _application(asked):
     async def flaky(request):
         return web.Response(status=500) if asked["/flaky"] == 1 else await good(request)
 
+    async def busy(request):
+        headers = {"Retry-After": request.query_string}
+        return web.Response(status=429, headers=headers) if asked["/busy"] == 1 else await good(request)
+
     async def slow(request):
         running["now"] += 1
         asked["at once"] = max(asked["at once"], running["now"])
@@ -360,6 +372,7 @@ def _application(asked):
     for name, handler in {
         "good.jpg": good,
         "flaky": flaky,
+        "busy": busy,
         "slow": slow,
         "cut": cut,
         "stalled": stalled,
