@@ -6,7 +6,7 @@ from typing import Any
 
 from t2v import storage
 from t2v.job import TrainJob
-from t2v.weights import named, weights_id
+from t2v.weights import named, network_files, weights_id
 
 
 def keep_identity(job: TrainJob) -> None:
@@ -50,4 +50,15 @@ def _start_id(job: TrainJob, begun: Mapping[str, Any]) -> str | None:
     if is_gone or (begun and "start" not in begun):
         return begun.get("start")
     with named("model.start"):
-        return weights_id(start, "unet") if start else None
+        return _weights_id(job, start) if start else None
+
+
+def _weights_id(job: TrainJob, start: str) -> str:
+    """The digest of gigabytes, which are read once a run: later starts look whether their files are as they were."""
+    path = storage.join(job.run_dir, "train", "start.json")
+    files = [[file, storage.fingerprint(file)] for file in network_files(start, "unet")]
+    known = storage.read_json(path) if storage.exists(path) else {}
+    if known.get("files") != files:
+        known = {"files": files, "digest": weights_id(start, "unet")}
+        storage.write_json(path, known)
+    return known["digest"]

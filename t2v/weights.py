@@ -55,15 +55,19 @@ def weight_files(folder: str, stems: Sequence[str] = DIFFUSERS_STEMS) -> list[st
     raise FileNotFoundError(f"{folder} has no {stems[0]}.safetensors, nor fp16, sharded or .bin weights in its place")
 
 
-def weights_id(path: str, name: str) -> str:
-    """What names the weights of a network: the digest of a folder's, as `part` finds it, or of the file they are in.
+def network_files(path: str, name: str) -> list[str]:
+    """The files that hold the weights of a network: `path` itself, or those of a folder as `part` finds it.
 
     FileNotFoundError or ValueError as `weight_files`, or where there is nothing.
     """
     if not storage.exists(path):
         raise FileNotFoundError(f"there is no file or folder {path}")
-    files = [path] if storage.is_file(path) else weight_files(part(path, name))
-    digests = [storage.digest(file) for file in files]
+    return [path] if storage.is_file(path) else weight_files(part(path, name))
+
+
+def weights_id(path: str, name: str) -> str:
+    """What names the weights of a network: the digest of the content of `network_files`."""
+    digests = [storage.digest(file) for file in network_files(path, name)]
     return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
 

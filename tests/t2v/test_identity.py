@@ -1,5 +1,6 @@
 """A run goes on as what it was begun as, or says what is another now."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_other_weights_under_the_same_path_are_told_before_and_after_a_checkpoin
         weights.write_bytes(b"weights")
         keep_identity(begun)
         add_checkpoint(begun)
+
+
+def test_weights_are_read_again_only_where_their_files_have_changed(begun: TrainJob) -> None:
+    weights = weights_of(Path(str(begun.model.start)))
+    note = f"{begun.run_dir}/train/start.json"
+    read = storage.read_json(note)
+    assert read["digest"] == storage.read_json(f"{begun.run_dir}/train/identity.json")["start"]
+    storage.write_json(note, read | {"digest": "as remembered"})
+    with pytest.raises(ValueError, match="another start"):  # of which only the note tells
+        keep_identity(begun)
+    os.utime(weights, (0, 0))
+    keep_identity(begun)
+    assert storage.read_json(note)["digest"] == read["digest"]
 
 
 def test_the_same_weights_may_lie_elsewhere_and_once_they_are_read_no_more_nowhere(begun: TrainJob) -> None:
