@@ -89,6 +89,7 @@ def prepare(run_dir: str, data: DataConfig, vae_path: str | None, seed: int) -> 
 
         check_filters(data.filters)
     data_dir = storage.join(storage.absolute(run_dir), "data")
+    storage.sweep(data_dir)
     plans = plan_streams(data_dir, data, encoder, seed)
     if not plans:
         raise ValueError("data.videos.manifest and data.images.manifest are both unset: nothing to prepare")

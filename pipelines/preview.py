@@ -20,7 +20,7 @@ Page = Callable[[str], str]
 
 
 def start_preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None = None) -> ray.ObjectRef:
-    """Starts the task that samples the newest model; on a machine without GPUs it takes no core from the ranks.
+    """Starts the task that samples a milestone's model; on a machine without GPUs it takes no core from the ranks.
 
     Its result is that model's losses on held-out rows (t2v/validation.py), if any are kept.
     `page` makes the HTML of all milestones of a run folder (dashboards/milestones.py).
@@ -35,22 +35,24 @@ def _preview(job: TrainJob, prompts: list[str], samples: int, page: Page | None)
     from pipelines.prompts import Prompt
     from pipelines.sampling import Sampler, even_batches
     from t2v.record import Record
-    from t2v.validation import held_out_losses
+    from t2v.validation import held_out_losses, model_of
 
-    sampler = Sampler(job.model_folder, even_batches(job.sample, len(prompts)), job.size)
+    model = model_of(job, samples)
+    sampler = Sampler(model, even_batches(job.sample, len(prompts)), job.size)
     asked = [Prompt(prompt, job.sample.seed + index) for index, prompt in enumerate(prompts)]
     clips = sampler.sample(asked)
-    milestones, name = storage.join(job.run_dir, "train", "milestones"), f"{samples:012d}"
+    milestone = job.milestone_folder(samples)
+    milestones, name = milestone.rsplit("/", 1)
     with tempfile.TemporaryDirectory() as folder, closing(Record(job.run_dir, "train", {})) as record:
-        losses = held_out_losses(job) if job.train.held_out_rows else {}
+        losses = held_out_losses(job, model) if job.train.held_out_rows else {}
         record.metrics(losses, samples)
         for path in _write(folder, name, clips, job.sample.fps):
             record.file(path, "samples" if path.endswith(".png") else f"milestones/{name}")
-        storage.copy_folder(folder, storage.join(milestones, name))
+        storage.copy_folder(folder, milestone)
         if losses:
-            storage.write_json(storage.join(milestones, name, "held_out.json"), losses)
+            storage.write_json(storage.join(milestone, "held_out.json"), losses)
         rows = [{"prompt": prompt.text, "seed": prompt.seed} for prompt in asked]
-        storage.write_json(storage.join(milestones, name, "prompts.json"), rows)
+        storage.write_json(storage.join(milestone, "prompts.json"), rows)
         if page:
             html = page(job.run_dir).encode()
             with storage.open_atomic(storage.join(milestones, "index.html")) as file:

@@ -8,7 +8,7 @@ DeepSpeed's own universal checkpoints do that too, after a conversion that reads
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,20 @@ def newest_first(train_folder: str) -> list[str]:
     return found + [folder for folder in reversed(kept) if storage.exists(folder)]
 
 
+def furthest_first(train_folder: str, tell: Callable[[str], None]) -> list[tuple[int, str]]:
+    """Samples and folder of each checkpoint that all ranks have finished; `tell` hears of the others.
+
+    Of equal ones the newest comes first: names tell the time, but by the clock of whichever machine gave them.
+    """
+    found = []
+    for folder in newest_first(train_folder):
+        try:
+            found.append((int(read_state(folder)["samples"]), folder))
+        except CheckpointError as error:
+            tell(str(error))
+    return sorted(found, key=lambda one: -one[0])
+
+
 def read_pieces(folder: str, wanted: Sequence[Piece]) -> Iterator[tuple[Piece, int, int, dict[str, Tensor]]]:
     """Stretches that make up the wanted pieces: (piece, start, end, elements by kind), in no order.
 
@@ -108,10 +122,14 @@ def _share(rank: int) -> str:
 
 
 def _shares(folder: str) -> list[dict[str, Any]]:
-    names = storage.listing(folder, ".json")
-    found = [storage.read_json(storage.join(folder, name)) for name in names if name.startswith("rank-")]
-    if not found or len(found) != found[0]["state"]["ranks"]:
-        of = found[0]["state"]["ranks"] if found else "all"
+    names = [name for name in storage.listing(folder, ".json") if name.startswith("rank-")]
+    try:
+        found = [json.loads(content) for content in storage.read_many([storage.join(folder, name) for name in names])]
+        ranks = {share["state"]["ranks"] for share in found if isinstance(share["parts"], list)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: what a rank says of its share is damaged ({error!r})") from None
+    if ranks != {len(found)}:
+        of = " or ".join(map(str, ranks)) or "all"
         raise CheckpointError(f"{folder}: the checkpoint is half-written, {len(found)} of {of} ranks have finished it")
     return found
 

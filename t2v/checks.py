@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 from t2v import storage
 from t2v.cards import GIB, Card, find_card
 from t2v.job import TrainJob
-from t2v.memory import encoders_beside, predict
+from t2v.memory import encoders_beside, predict, predict_worst
 from t2v.plan import make_plan, sample_flops, size_of
 
 Resources = Mapping[str, float]
@@ -105,8 +105,11 @@ def _shards(job: TrainJob, resources: Resources) -> list[str]:
 
 
 def _storage(job: TrainJob, resources: Resources) -> list[str]:
-    """The run folder can be written, and has room for the checkpoints that are kept and the one being written."""
-    folder = storage.join(job.run_dir, "train")
+    """The run folder can be written, and has room for the checkpoints that are kept and the one being written.
+
+    Milestones may be moved away while a run goes on, so that they will not fit is told and ends nothing.
+    """
+    folder = job.folder
     probe = storage.join(folder, "writable")
     try:
         storage.write_json(probe, True)
@@ -116,21 +119,30 @@ def _storage(job: TrainJob, resources: Resources) -> list[str]:
     if not storage.is_local(folder):
         return [f"{folder} can be written"]
     plan, local = make_plan(job), storage.local_path(folder)
-    wanted = (job.train.keep_checkpoints + 1) * plan.checkpoint_bytes + plan.model_bytes
-    free = shutil.disk_usage(local).free + _bytes_in(local)
+    wanted = (job.train.keep_checkpoints + 1) * plan.checkpoint_bytes + 2 * plan.model_bytes
+    free = shutil.disk_usage(local).free + _bytes_of_checkpoints(local)
     if wanted > free:
         raise ValueError(
             f"train.keep_checkpoints: {job.train.keep_checkpoints} and the next one take {size_of(wanted)}, {folder} "
             f"has {size_of(free)}; keep fewer, or choose a larger run_dir"
         )
     milestones = job.samples // job.train.milestone_every_samples
-    kept = size_of(milestones * (plan.checkpoint_bytes + plan.model_bytes))
-    return [f"{size_of(wanted)} of {size_of(free)} for checkpoints; {milestones} milestones add {kept} by the end"]
+    coming = milestones - len(storage.folders(storage.join(folder, "milestones")))
+    added = max(0, coming) * (plan.checkpoint_bytes + plan.model_bytes)
+    lines = [
+        f"{size_of(wanted)} of {size_of(free)} for checkpoints; "
+        f"{milestones} milestones, of which {max(0, coming)} are to come, add {size_of(added)} by the end"
+    ]
+    if wanted + added > free:
+        lines.append(f"warning: {folder} has no room for all of them; move some away before {size_of(free)} are full")
+    return lines
 
 
-def _bytes_in(folder: str) -> int:
-    """What a run that goes on has written there already, and will write over."""
-    paths = (os.path.join(base, name) for base, _, names in os.walk(folder) for name in names)
+def _bytes_of_checkpoints(folder: str) -> int:
+    """What a run that goes on has written there already, and will write over: all but milestones."""
+    own = (os.path.join(folder, name) for name in os.listdir(folder) if name != "milestones")
+    places = (place for path in own for place in os.walk(path))
+    paths = (os.path.join(base, name) for base, _, names in places for name in names)
     return sum(os.lstat(path).st_size for path in paths if os.path.exists(path))
 
 
@@ -138,10 +150,12 @@ def _memory(job: TrainJob, resources: Resources) -> list[str]:
     """The fullest rank fits the smallest card of the cluster, with the encoders that share its GPU."""
     if not job.train.gpus_per_worker:
         return ["trained on CPUs: GPU memory is of no concern"]
-    beside = encoders_beside(job)
-    parts = predict(job) | beside
+    beside, (workers, parts) = encoders_beside(job), predict_worst(job)
+    parts |= beside
     wanted = sum(parts.values())
     told = f"{wanted / GIB:.1f} GiB ({', '.join(f'{name} {size / GIB:.1f}' for name, size in parts.items())})"
+    fewer = workers < job.train.workers
+    told += f" with {workers} workers" if fewer else ""
     card = _smallest_card(resources)
     if card is None:
         return [f"a rank will need {told}; of this cluster's cards nothing is known"]
@@ -149,7 +163,7 @@ def _memory(job: TrainJob, resources: Resources) -> list[str]:
         raise ValueError(
             f"train.mix.micro_frames: {job.train.mix.micro_frames} has a rank need {told}, one {card.name} has "
             f"{card.memory_bytes / GIB:.1f}; lower it{' or data.encode.batch_frames' if beside else ''}, set "
-            "train.recompute to gates, or raise train.zero_stage"
+            "train.recompute to gates, or raise train.zero_stage" + (" or train.min_workers" if fewer else "")
         )
     days = make_plan(job).days(card)
     return [f"a rank will need {told} of the {card.memory_bytes / GIB:.1f} of one {card.name}; about {days:.3g} days"]

@@ -36,7 +36,7 @@ class Epoch(NamedTuple):
 def begin_anew(job: TrainJob) -> None:
     """Lists the shards of now for the first epoch of a run that has trained nothing, whatever a start before listed."""
     for part in ("epochs", "skipped"):
-        folder = storage.join(job.run_dir, "train", part)
+        folder = storage.join(job.folder, part)
         for name in storage.listing(folder):
             storage.remove(storage.join(folder, name))
     for stream in STREAMS:
@@ -52,7 +52,7 @@ class Epochs:
     def __init__(self, job: TrainJob, stream: Stream) -> None:
         self.stream = stream
         self._latents = job.latents_folder(stream)
-        self._lists = storage.join(job.run_dir, "train", "epochs")
+        self._lists = storage.join(job.folder, "epochs")
         self._shards = [self._listed(0)]
         self.held_out = _held_out(self._shards[0], job, stream)
         self._held = {(group.path, group.number): group.end for group in self.held_out}

@@ -27,7 +27,7 @@ class Reader:
 
     def __init__(self, job: TrainJob, rank: int) -> None:
         self._seed, self._skips = job.seed, job.train.bad_shards == "skip"
-        folder = storage.join(job.run_dir, "train", "skipped")
+        folder = storage.join(job.folder, "skipped")
         self._path = storage.join(folder, f"{rank}.jsonl")
         self._lock = threading.Lock()
         self._verified: set[tuple[str, int]] = set()

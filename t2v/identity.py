@@ -14,7 +14,7 @@ def keep_identity(job: TrainJob) -> None:
 
     ValueError that names what is another now.
     """
-    path = storage.join(job.run_dir, "train", "identity.json")
+    path = storage.join(job.folder, "identity.json")
     begun = storage.read_json(path) if storage.exists(path) else {}
     identity = {
         "seed": job.seed,
@@ -55,7 +55,7 @@ def _start_id(job: TrainJob, begun: Mapping[str, Any]) -> str | None:
 
 def _weights_id(job: TrainJob, start: str) -> str:
     """The digest of gigabytes, which are read once a run: later starts look whether their files are as they were."""
-    path = storage.join(job.run_dir, "train", "start.json")
+    path = storage.join(job.folder, "start.json")
     files = [[file, storage.fingerprint(file)] for file in network_files(start, "unet")]
     known = storage.read_json(path) if storage.exists(path) else {}
     if known.get("files") != files:

@@ -56,8 +56,17 @@ class TrainJob:
         return math.ceil(self.train.samples / self.step.total) * self.step.total
 
     @property
+    def folder(self) -> str:
+        """Where all that training makes lies."""
+        return storage.join(self.run_dir, "train")
+
+    @property
     def model_folder(self) -> str:
-        return storage.join(self.run_dir, "train", "model")
+        return storage.join(self.folder, "model")
+
+    def milestone_folder(self, samples: int) -> str:
+        """Where what is kept of a milestone lies: its checkpoint, its model, and what that can do."""
+        return storage.join(self.folder, "milestones", f"{samples:012d}")
 
     @property
     def exported_samples(self) -> int:
@@ -67,17 +76,19 @@ class TrainJob:
 
     @property
     def log_path(self) -> str:
-        return storage.join(self.run_dir, "train", "log.jsonl")
+        return storage.join(self.folder, "log.jsonl")
 
     @property
     def registry(self) -> str:
         """Where Ray Train notes which checkpoints there are."""
-        return storage.join(self.run_dir, "train", "checkpoint_manager_snapshot.json")
+        return storage.join(self.folder, "checkpoint_manager_snapshot.json")
 
     @property
     def is_fresh(self) -> bool:
-        """Whether there is no checkpoint yet, not even a half-written one."""
-        return not any(name.startswith("checkpoint_") for name in storage.folders(storage.join(self.run_dir, "train")))
+        """Whether there is no checkpoint yet, neither a half-written one nor a milestone's copy."""
+        from t2v.checkpoint import newest_first  # and torch, which a job with nothing to do need not load
+
+        return not newest_first(self.folder)
 
     @property
     def reads_start(self) -> bool:

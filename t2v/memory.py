@@ -5,6 +5,7 @@ the optimizer's step, when all gradients are. DeepSpeed's share is as its versio
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +30,23 @@ ENCODER_TENSORS = 6
 ENCODER_CONTEXT = GIB // 2  # of CUDA, since an encoder is a process of its own
 
 
-def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dict[str, float]:
+def predict_worst(job: TrainJob) -> tuple[int, dict[str, float]]:
+    """With how many workers, of all numbers that may have to do, a rank needs most, and what it then needs."""
+    counts, train = count_weights(job.model.unet, job.train), job.train
+    needs = {
+        workers: predict(replace(job, train=replace(train, workers=workers)), counts=counts)
+        for workers in range(train.min_workers or train.workers, train.workers + 1)
+    }
+    return max(needs.items(), key=lambda need: sum(need[1].values()))
+
+
+def predict(
+    job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None, counts: tuple[int, int, int] | None = None
+) -> dict[str, float]:
     """Bytes of each part of the fullest rank's memory, at its fullest moment; together they are what a card must have.
 
-    `ranks` are the micro-batches of each rank where they are not those that the job gives them.
+    `ranks` are the micro-batches of each rank where they are not those that the job gives them, `counts` what
+    `count_weights` has told.
 
     All but `reserve` is what torch.cuda.max_memory_allocated will say; with `graphs`, which keep the memory of their
     activations, it says less than they are. With `precision: fp32` it is a lower bound: the kernels for attention,
@@ -40,12 +54,13 @@ def predict(job: TrainJob, ranks: Sequence[Sequence[Slot]] | None = None) -> dic
     """
     world, train = job.train.workers, job.train
     ranks = ranks or [job.step.of_rank(rank, world) for rank in range(world)]
-    weights, trained, adapted = count_weights(job.model.unet, train)
+    weights, trained, adapted = counts or count_weights(job.model.unet, train)
+    unlike = {(slot.stream, slot.count): slot for slots in ranks for slot in slots}.values()
     passes, update = _gradients(train, len(ranks[0]), trained)
     during_passes = {
         "gradients": passes,
         "communication": _buckets(train),
-        "activations": max(activation_bytes(job, slot) for slots in ranks for slot in slots) + _bytes(train) * adapted,
+        "activations": max(activation_bytes(job, slot) for slot in unlike) + _bytes(train) * adapted,
     }
     kept = during_passes["activations"] if train.graphs else 0.0
     during_update = {"gradients": update, "communication": 0.0, "activations": kept}

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
@@ -191,6 +192,17 @@ def remove_folder(path: str) -> None:
     filesystem, inner = resolve(path)
     if filesystem.exists(inner):
         filesystem.rm(inner, recursive=True)
+
+
+def sweep(folder: str) -> None:
+    """Deletes what kills have left half-written below a local folder for longer than a day."""
+    if not is_local(folder):
+        return  # what goes to an object store is spooled in each machine's own folder for such files
+    for base, _, names in os.walk(local_path(folder)):
+        for path in (os.path.join(base, name) for name in names if name.startswith(".") and name.endswith(".part")):
+            with suppress(FileNotFoundError):
+                if time.time() - os.path.getmtime(path) > 86_400:
+                    os.unlink(path)
 
 
 def copy_folder(source: str, target: str) -> None:

@@ -79,7 +79,7 @@ def ema_decay(config: TrainConfig, samples: int, step_samples: int) -> float:
 
 
 class Trainer:
-    """One rank of a training run, which goes on from the first of `checkpoints` (newest first) that is whole."""
+    """One rank of a training run, which goes on from the first of `checkpoints` (furthest first) that is whole."""
 
     def __init__(self, job: TrainJob, rank: int, world: int, checkpoints: Sequence[str], host: Host) -> None:
         self.job, self.step, self.rank, self.world, self.host = job, job.step, rank, world, host
@@ -125,6 +125,8 @@ class Trainer:
             print(f"[train] {self.samples:,}/{self.job.samples:,} samples at the start", flush=True)
         with closing(self._feed()) as feed:
             self._train(feed)
+        if self.record:
+            storage.write_lines(self.job.log_path, self.lines)
         if self.staged:
             self.staged.written.wait()
 
@@ -171,8 +173,6 @@ class Trainer:
             if wants_log or due:
                 self._log(feed)
             if due:
-                if self.record:
-                    storage.write_lines(self.job.log_path, self.lines)
                 self._checkpoint(feed)
                 self._begin_interval(feed)
             if wants_stop:
@@ -332,7 +332,7 @@ def _read_log(path: str, samples: int) -> list[dict]:
 
 def _count_start(job: TrainJob, samples: int, ranks: int) -> int:
     """Notes that ranks were started, and returns how often they had been before."""
-    path = storage.join(job.run_dir, "train", "starts.jsonl")
+    path = storage.join(job.folder, "starts.jsonl")
     before = storage.read_lines(path) if storage.exists(path) else []
     storage.write_lines(path, [*before, {"time": time.time(), "samples": samples, "ranks": ranks}])
     return len(before)

@@ -19,7 +19,10 @@ from t2v.unet import UNet
 
 
 def export(job: TrainJob, checkpoint: str, samples: int) -> None:
-    """Writes the model of a checkpoint as `job.model_folder`; CheckpointError if the checkpoint is not whole."""
+    """Writes the model of a checkpoint, as that of a milestone and as `job.model_folder`, the newest one.
+
+    CheckpointError if the checkpoint is not whole.
+    """
     train, start = job.train, job.model.start
     with torch.device("meta"):
         unet = UNet(job.model.unet)
@@ -28,19 +31,25 @@ def export(job: TrainJob, checkpoint: str, samples: int) -> None:
     frozen = start_weights(start, job.model.unet) if start and train.trained != "all" else {}
     adapter = Adapter(train.lora, average, base=start or "") if train.trained == "lora" else None
     weights = adapter.merged(frozen) if adapter else frozen | average
-    info = {"samples": samples}
-    write_model(job.model_folder, weights, job.model, job.diffusion, info, job.size // 8, adapter=adapter)
+    info, text = {"samples": samples}, load_text(job.model.text)
+    for folder in (model_of(job, samples), job.model_folder):
+        write_model(folder, weights, job.model, job.diffusion, info, job.size // 8, text, adapter)
 
 
-def held_out_losses(job: TrainJob) -> dict[str, float]:
-    """Mean loss of the exported model on `train.held_out_rows`, by stream and quarter of the timesteps.
+def model_of(job: TrainJob, samples: int) -> str:
+    """The diffusers folder of a milestone's model, which stays."""
+    return storage.join(job.milestone_folder(samples), "model")
+
+
+def held_out_losses(job: TrainJob, model_folder: str) -> dict[str, float]:
+    """Mean loss of an exported model on `train.held_out_rows`, by stream and quarter of the timesteps.
 
     On this process's GPU if sampling has one, in fp16; chance is the same each time, dropped captions too.
     """
     on_gpu = job.sample.gpus_per_worker > 0 and torch.cuda.is_available()
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.float16 if on_gpu else torch.float32
-    unet = read_unet(job.model_folder).to(device, dtype).requires_grad_(False)
-    text = load_text(TextConfig(weights=job.model_folder, skip_layers=0), device)
+    unet = read_unet(model_folder).to(device, dtype).requires_grad_(False)
+    text = load_text(TextConfig(weights=model_folder, skip_layers=0), device)
     diffusion, sources = Diffusion(job.diffusion), job.sources()
     tally = torch.zeros(len(STREAMS) * BUCKETS, 2, device=device)
     for stream in STREAMS:
@@ -55,4 +64,4 @@ def held_out_losses(job: TrainJob) -> dict[str, float]:
 
 def keep(job: TrainJob, checkpoint: str, samples: int) -> None:
     """Copies a checkpoint to where it is not removed."""
-    storage.copy_folder(checkpoint, storage.join(job.run_dir, "train", "milestones", f"{samples:012d}", "checkpoint"))
+    storage.copy_folder(checkpoint, storage.join(job.milestone_folder(samples), "checkpoint"))

@@ -48,6 +48,11 @@ class Watch:
         """Asks all ranks to write a checkpoint and end."""
         self._stop = True
 
+    def begin(self, rank: int) -> None:
+        """Hears that a rank has started, which may have waited for room: what one before it said counts no more."""
+        self._beats.pop(rank, None)
+        self._moved = time.monotonic()
+
     def beat(self, rank: int, world: int, samples: int, doing: str) -> tuple[bool, str]:
         """Hears one rank; tells whether it is to stop, and to the first that asks after a hang, who hangs where."""
         now = time.monotonic()
@@ -90,6 +95,7 @@ class Pulse:
         self._watch, self._rank, self._world = watch, rank, world
         self._watched = threading.get_ident()
         self._ended = threading.Event()
+        watch.begin.remote(rank)
         self._thread = threading.Thread(target=self._speak, name="pulse")
         self._thread.start()
 

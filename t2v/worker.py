@@ -32,7 +32,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from t2v import storage
-from t2v.checkpoint import CheckpointError, newest_first, read_state
+from t2v.checkpoint import furthest_first, newest_first
 from t2v.checks import check, cluster_resources
 from t2v.config import Stream
 from t2v.epochs import begin_anew
@@ -78,20 +78,21 @@ def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> Non
         start_weights(job.model.start, job.model.unet, whole=job.train.trained == "lora")
     keep_identity(job)
     with _watched(job) as watch:
+        storage.sweep(job.folder)
         if job.is_fresh and not job.raw:
             begin_anew(job)
         _supervise(job, watch, on_export, encode)
-    newest = newest_first(storage.join(job.run_dir, "train"))[0]
-    samples = read_state(newest)["samples"]
+    samples, furthest = furthest_first(job.folder, lambda problem: None)[0]
     if samples < job.samples:
         print(f"[train] stopped as asked at {samples:,}/{job.samples:,} samples; the same command goes on", flush=True)
     elif job.exported_samples < samples:  # its validation failed
-        _export(job, newest, samples)
+        _export(job, furthest, samples)
 
 
 def _supervise(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | None) -> None:
     """Runs Ray Train; what becomes of ranks is for it to see, and here what becomes of itself."""
-    for failures in range(job.train.max_failures + 1):
+    failures, newest = 0, newest_first(job.folder)[:1]
+    while True:
         _mend_registry(job)
         try:
             _trainer(job, watch, on_export, encode).fit()
@@ -101,10 +102,12 @@ def _supervise(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | 
                 raise error.controller_failure from None
             raise
         except RayActorError:
-            if failures == job.train.max_failures:
+            before, newest = newest, newest_first(job.folder)[:1]
+            failures = failures + 1 if newest == before else 1
+            if failures > job.train.max_failures:
                 raise
             print("[train] Ray Train's controller died; it is started anew", flush=True)
-            time.sleep(_back_off_s(failures))
+            time.sleep(_back_off_s(failures - 1))
 
 
 def _trainer(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | None) -> TorchTrainer:
@@ -195,7 +198,7 @@ class _Host:
         place = ray.train.get_context().get_storage()
 
         def write(_: Checkpoint, name: str) -> Checkpoint:
-            staged.write(storage.join(self._job.run_dir, "train", name))
+            staged.write(storage.join(self._job.folder, name))
             return Checkpoint(f"{place.experiment_fs_path}/{name}", place.storage_filesystem)
 
         ray.train.report(
@@ -277,21 +280,16 @@ def _back_off_s(failures: int) -> float:
 
 
 def _checkpoints(job: TrainJob) -> list[str]:
-    """What there is to go on from, newest first; removes what Ray Train has lost sight of and nobody goes on from."""
+    """What there is to go on from, the furthest first; removes what Ray Train has lost sight of and nobody needs."""
     reported = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
     known = {str(entry.checkpoint.path).rstrip("/").rsplit("/", 1)[-1] for entry in reported}
-    whole = []
-    for folder in newest_first(storage.join(job.run_dir, "train")):
-        is_lost = folder.rsplit("/", 1)[-1] not in known and not folder.endswith("/checkpoint")
-        try:
-            read_state(folder)
-        except (CheckpointError, ValueError) as error:
-            print(f"[train] skipped a checkpoint: {error}", flush=True)
-        else:
-            whole.append(folder)
-            is_lost &= len(whole) > job.train.keep_checkpoints
-        if is_lost:
+    found = furthest_first(job.folder, lambda problem: print(f"[train] skipped a checkpoint: {problem}", flush=True))
+    whole = [folder for _, folder in found]
+    kept = [folder for folder in whole if not folder.endswith("/checkpoint")][: job.train.keep_checkpoints]
+    for folder in newest_first(job.folder):
+        if folder.rsplit("/", 1)[-1] not in {"checkpoint", *known} and folder not in kept:
             storage.remove_folder(folder)
+            whole = [other for other in whole if other != folder]
     return whole
 
 
@@ -299,10 +297,10 @@ def _validate(checkpoint: Checkpoint, job: TrainJob, watch: Any, on_export: OnEx
     """What becomes of a milestone, in a task of its own: its model is exported, and what it can do is shown."""
     from t2v import validation
 
-    folder = storage.join(job.run_dir, "train", checkpoint.path.rstrip("/").rsplit("/", 1)[-1])
-    _export(job, folder, samples)
+    folder = storage.join(job.folder, checkpoint.path.rstrip("/").rsplit("/", 1)[-1])
     if samples < job.samples:
         validation.keep(job, folder, samples)
+    _export(job, folder, samples)
     preview = on_export(job, job.prompts(), samples)
     try:
         losses = ray.get(preview, timeout=PREVIEW_GRACE_S)
@@ -321,7 +319,7 @@ def _export(job: TrainJob, checkpoint: str, samples: int) -> None:
 
     validation.export(job, checkpoint, samples)
     with closing(Record(job.run_dir, "train", {})) as record:
-        record.model(job.model_folder, samples)
+        record.model(validation.model_of(job, samples), samples)
 
 
 @contextmanager
@@ -361,7 +359,7 @@ def _mend_registry(job: TrainJob) -> None:
     try:
         note = storage.read_json(job.registry)
         names = [entry["checkpoint_dir_name"] for entry in note["checkpoint_results"]]
-        gone = [name for name in names if not storage.exists(storage.join(job.run_dir, "train", name))]
+        gone = [name for name in names if not storage.exists(storage.join(job.folder, name))]
         problem = f"it names {gone[0]}, which is gone" if gone else ""
         if note["ray_version"] != ray.__version__:
             problem = f"Ray {note['ray_version']} has written it"

@@ -13,6 +13,7 @@ from t2v import storage
 from t2v.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from t2v.job import TrainJob
 from t2v.record import Record
+from t2v.validation import model_of
 
 
 def test_a_grid_has_a_row_a_clip_and_at_most_eight_frames() -> None:
@@ -28,8 +29,9 @@ def test_a_preview_of_more_prompts_than_fit_a_batch_is_one_picture_and_a_clip_ea
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     sample = SampleConfig(steps=2, guidance=2.0, frames=3, batch=2, gpus_per_worker=0)
     job = TrainJob(str(tmp_path), 0, 32, 3, ModelConfig(), DiffusionConfig(), TrainConfig(), sample)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "model").symlink_to(tiny_model)
+    for samples in (500, 1000):
+        Path(job.milestone_folder(samples)).mkdir(parents=True)
+        Path(model_of(job, samples)).symlink_to(tiny_model)
     Record(str(tmp_path), "train", {"samples": 500}).close()
 
     def page(run_dir: str) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from t2v import shards
-from t2v.checks import _memory, _storage, check, dry_run
+from t2v import shards, storage
+from t2v.checks import _bytes_of_checkpoints, _memory, _storage, check, dry_run
 from t2v.config import MixConfig, TextConfig
 from t2v.job import STREAMS, TrainJob
 from t2v.shards import LatentInfo, write_shard
@@ -91,6 +91,20 @@ def test_a_folder_that_cannot_be_written_is_told(job: TrainJob) -> None:
         _storage(replace(job, run_dir="/dev/null/run"), TWO_CPUS)
 
 
+def test_milestones_that_are_there_are_no_room_for_checkpoints_and_those_to_come_are_told(
+    job: TrainJob, tmp_path: Path
+) -> None:
+    long = changed(replace(job, run_dir=str(tmp_path)), samples=10**6, milestone_every_samples=10**5)
+    (line,) = _storage(long, TWO_CPUS)
+    assert "10 milestones, of which 10 are to come, add 80.0 MB by the end" in line
+    for place in ("checkpoint_1", "milestones/000000100000/checkpoint"):
+        storage.write_json(f"{long.folder}/{place}/rank-00000.json", "x" * 1_000_000)
+    assert 1_000_000 <= _bytes_of_checkpoints(long.folder) < 1_900_000
+    assert "of which 9 are to come" in _storage(long, TWO_CPUS)[0]
+    _, warning = _storage(changed(long, samples=10**12, milestone_every_samples=10**5), TWO_CPUS)
+    assert "warning: " in warning and "no room for all of them" in warning
+
+
 def test_the_published_model_must_fit_the_smallest_card() -> None:
     large = published(mix=MixConfig())
     h100, both = {"accelerator_type:H100": 10.0}, {"accelerator_type:H100": 1.0, "accelerator_type:A100-40G": 1.0}
@@ -106,6 +120,10 @@ def test_the_published_model_must_fit_the_smallest_card() -> None:
     with pytest.raises(ValueError, match="lower it or data.encode.batch_frames, set train.recompute") as raised:
         _memory(replace(shared, train=replace(shared.train, workers=1)), h100)
     assert f"{named}, one H100 has 79.1" in str(raised.value)
+    growing = published(min_workers=1, graphs=True)
+    with pytest.raises(ValueError, match=r"84\.\d GiB .* with 1 workers, one H100 .* or train.min_workers"):
+        _memory(growing, h100)
+    assert "with 8 workers" in _memory(replace(growing, train=replace(growing.train, min_workers=8)), h100)[0]
     assert "nothing is known" in _memory(large, {"accelerator_type:NEW": 1.0})[0]
 
 

@@ -46,6 +46,16 @@ def test_parameters_that_a_killed_start_did_not_send_are_sent_by_the_next(tmp_pa
     assert client.get_run(begun.info.run_id).data.params == {"seed": "0", "train.samples": "5"}
 
 
+def test_a_run_names_the_code_that_began_it(tmp_path: Path) -> None:
+    Record(str(tmp_path), "train", {"seed": 0}).close()
+    run = the_run(tmp_path)
+    project = Path(__file__).parents[2]
+    assert re.fullmatch(r"[0-9a-f]{16}", run.data.tags["code"])
+    if (project / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True).stdout.strip()
+        assert run.data.tags["mlflow.source.git.commit"] == head
+
+
 def test_a_table_replaces_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = Record(str(tmp_path), "prepare_data", {"size": 64})
     record.table([{"clips": 7}], "scores.json")

@@ -1,6 +1,8 @@
+import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -28,6 +30,16 @@ def test_a_file_appears_whole_or_not_at_all(folder):
         raise RuntimeError
     assert storage.read_json(path) == {"n": 1}
     assert storage.listing(storage.join(folder, "a")) == ["b.json"]
+
+
+def test_what_kills_have_left_goes_after_a_day(tmp_path):
+    for name, age_s in ((".old.json.0123.part", 90_000), (".new.json.0123.part", 0), ("old.part", 90_000)):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(b"half")
+        os.utime(tmp_path / "a" / name, (time.time() - age_s,) * 2)
+    storage.sweep(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.rglob("*.part")) == [".new.json.0123.part", "old.part"]
+    storage.sweep(str(tmp_path / "nowhere"))
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):

@@ -56,6 +56,16 @@ def test_a_wish_to_stop_reaches_every_rank(ray_session: None) -> None:
     ray.kill(watch)
 
 
+def test_ranks_that_had_to_wait_for_room_do_not_hang(ray_session: None) -> None:
+    watch = Watch.remote(0.5)
+    for _ in range(2):  # the first ones end before their first step
+        watch.begin.remote(0)
+        assert ray.get(watch.beat.remote(0, 1, -1, "loading")) == (False, "")
+        time.sleep(0.8)
+    assert "no rank has finished a step" in ray.get(watch.beat.remote(0, 1, -1, "loading"))[1]
+    ray.kill(watch)
+
+
 HANGING = """
 import os, sys, time
 os.environ["RAY_AUTH_MODE"] = "disabled"

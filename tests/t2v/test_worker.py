@@ -10,11 +10,13 @@ import psutil
 import pytest
 import ray
 import torch
+from mlflow import MlflowClient
 from ray.train import Checkpoint
 from safetensors.torch import load_file
 
 from t2v import storage
 from t2v.job import TrainJob
+from t2v.tracking import tracking_uri
 from t2v.watch import Watch
 from t2v.worker import _validate, fit
 from tests.t2v.test_gauges import scraped, tagged
@@ -91,6 +93,20 @@ def test_milestones_are_exported_told_of_and_kept_while_checkpoints_go(runs: Pat
     assert len(json.loads((runs / f"undisturbed/told-{end}.json").read_text())) == 5
     assert (runs / f"undisturbed/train/milestones/{half:012}/checkpoint/rank-00001.json").exists()
     assert len(list((runs / "undisturbed/train").glob("checkpoint_2*"))) == 2
+    models = {samples: runs / f"undisturbed/train/milestones/{samples:012}/model" for samples in (half, end)}
+    assert {
+        samples: storage.read_json(f"{model}/t2v.json")["info"]["samples"] for samples, model in models.items()
+    } == {
+        half: half,
+        end: end,
+    }
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (models[end] / unet).read_bytes() == (runs / "undisturbed/train/model" / unet).read_bytes()
+    assert (models[half] / unet).read_bytes() != (models[end] / unet).read_bytes()
+    versions = MlflowClient(tracking_uri(str(runs / "undisturbed"))).search_model_versions("name = 'undisturbed'")
+    assert {version.tags["samples"]: version.tags["folder"] for version in versions} == {
+        str(samples): str(model) for samples, model in models.items()
+    }
 
 
 def test_a_milestones_losses_are_kept_with_its_checkpoint_and_shown_when_their_task_has_ended(runs: Path) -> None:
