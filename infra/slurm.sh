@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Ray cluster for the time of one Slurm allocation, and one job on it. From the repository's root, with the
 # environment active and on a file system that every node sees:
-#     sbatch infra/slurm.sh python jobs/train.py --config jobs/configs/modelscope.yaml --run_dir "$PWD/runs/one"
+#     sbatch infra/slurm.sh python jobs/train.py $RUN --run_dir "$PWD/runs/one"    # the README's RUN
 # A job that ran out of time or was preempted goes on where it was when the same line is submitted again.
 #SBATCH --job-name=t2v
 #SBATCH --nodes=2

@@ -34,10 +34,10 @@ def main() -> None:
             _record(config, funnel)
 
 
-def _look(config: Config, again: bool) -> None:
+def _look(config: Config, verifies: bool) -> None:
     """What is there; FileNotFoundError ends the process as it does a job."""
     try:
-        if again:
+        if verifies:
             from pipelines.verify import verify
 
             raise SystemExit(1 if verify(config.run_dir) else 0)

@@ -1,4 +1,4 @@
-"""What the data, sampling and scoring pipelines can be told; every default is the paper's (4.1.1)."""
+"""What the data, sampling and scoring pipelines can be told; defaults are the paper's (4.1.1) where it has them."""
 
 import ipaddress
 import math
@@ -152,7 +152,7 @@ class EncodeConfig:
 
     @property
     def vae_cpus(self) -> float:
-        """Of a VAE actor; none beside a GPU, or an encoder could take what one that was killed needs to come back."""
+        """CPUs of a VAE actor; 0 where it has a GPU, so that no encoder takes what one needs to come back after a kill."""
         return 0 if self.gpus_per_worker else self.cpus_per_worker
 
     @property

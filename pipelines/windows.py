@@ -40,7 +40,7 @@ class Places:
         return starts
 
     def avoid(self, begin_s: float, end_s: float) -> None:
-        """No further window has anything of this stretch of the video in it."""
+        """Keeps this stretch of the video out of all further windows."""
         low, high = begin_s - self._length_s, end_s
         parts = [part for begin, end in self._free for part in ((begin, min(end, low)), (max(begin, high), end))]
         self._free = [(begin, end) for begin, end in parts if begin <= end]

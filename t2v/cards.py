@@ -36,7 +36,7 @@ CARDS = (
 
 def find_card(name: str) -> Card | None:
     """The card of that name, as CUDA ("NVIDIA A100-SXM4-80GB") or Ray ("A100-80G") has it; None if it is unknown."""
-    words = name.upper().replace("-", " ").replace("80G ", "80GB ").split()
+    words = name.upper().replace("-", " ").split()
     words = ["80GB" if word == "80G" else word for word in words]
     return next((card for card in CARDS if set(card.name.upper().split()) <= set(words)), None)
 

@@ -1,4 +1,4 @@
-"""What the model, its training and its sampling can be told; every default is the paper's (arXiv 2308.06571)."""
+"""What the model, its training and sampling can be told; defaults are the paper's (arXiv 2308.06571) where it has them."""
 
 import math
 from dataclasses import dataclass, field
@@ -155,7 +155,7 @@ class LoraConfig:
 
 @dataclass
 class TrainConfig:
-    """Training (paper 4.1.3): 267 k steps of 1,400 videos are 373.8 M videos.
+    """Training (paper 4.1.3): 267 k steps of 4,600 samples, images and videos together.
 
     What the backward pass computes once more on a GPU is norms and activations, or with `recompute: gates` the widest
     layers too: less than two thirds of the memory (2.5 GiB a clip in place of 4.0), at nine tenths of the speed.
@@ -196,7 +196,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_halflife_samples: float = 10_000_000
-    samples: int = 373_800_000
+    samples: int = 1_228_200_000
     log_every_s: float = 30.0
     checkpoint_every_samples: int = 2_000_000
     keep_checkpoints: int = 3

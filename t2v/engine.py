@@ -322,7 +322,7 @@ def _groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[s
 
 
 def _deepspeed_config(config: TrainConfig, micro_steps: int) -> dict:
-    """What it is told of batch sizes nothing reads."""
+    """DeepSpeed requires batch sizes; nothing reads these."""
     sums = config.zero_stage == 3 and config.precision != "fp32" and micro_steps > 1
     return {
         "train_micro_batch_size_per_gpu": 1,

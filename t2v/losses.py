@@ -38,13 +38,18 @@ def add_losses(tally: Tensor, stream: Stream, losses: Tensor, timesteps: Tensor,
     tally.index_add_(0, row, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
 
 
-def losses_of(tally: Tensor, name: str) -> dict[str, float]:
-    """Mean loss of each stream, and in each quarter of the timesteps: NAME_videos, NAME_videos_t250, ..."""
+def first_timestep(bucket: int, of: int) -> int:
+    """Where a quarter of `of` timesteps begins."""
+    return -(-of * bucket // BUCKETS)
+
+
+def losses_of(tally: Tensor, name: str, of: int) -> dict[str, float]:
+    """Mean loss of each stream, and in each quarter of `of` timesteps: NAME_videos, NAME_videos_t250, ..."""
     means = {}
     for stream, rows in zip(STREAMS, tally.view(len(STREAMS), BUCKETS, 2), strict=True):
         total, number = rows.sum(0).tolist()
         means[f"{name}_{stream}"] = total / number
         for bucket, (total, number) in enumerate(rows.tolist()):
             if number:
-                means[f"{name}_{stream}_t{1000 * bucket // BUCKETS:03}"] = total / number
+                means[f"{name}_{stream}_t{first_timestep(bucket, of):03}"] = total / number
     return means

@@ -12,6 +12,7 @@ work. It is also how a number of ranks trains that does not divide the slots.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from t2v.config import MixConfig, Stream
 
@@ -79,7 +80,7 @@ class Step:
         """The lanes that the samples of a slot come from, in order."""
         parts = []
         bounds, end = self.bounds[slot.stream], slot.first + slot.count
-        for lane, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for lane, (a, b) in enumerate(pairwise(bounds)):
             if a < end and slot.first < b:
                 parts.append(LanePart(slot.stream, lane, max(a, slot.first) - a, min(b, end) - a, b - a))
         return parts
@@ -127,7 +128,7 @@ class Step:
             )
         cuts = [first + (end - first) * piece // pieces for piece in range(pieces + 1)]
         weight = self.shares[stream] / self.samples[stream]
-        return [Slot(stream, a, b - a, (b - a) * weight) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [Slot(stream, a, b - a, (b - a) * weight) for a, b in pairwise(cuts)]
 
 
 def plan_step(mix: MixConfig, frames: int) -> Step:

@@ -26,7 +26,7 @@ from t2v.engine import Engine, Staged
 from t2v.feed import Batch, Feed, ReadAhead
 from t2v.graphs import Graphs
 from t2v.job import STREAMS, TrainJob
-from t2v.losses import BUCKETS, add_losses, loss_inputs, losses_of
+from t2v.losses import BUCKETS, add_losses, first_timestep, loss_inputs, losses_of
 from t2v.online import OnlineFeed, Tables
 from t2v.order import generator
 from t2v.plan import sample_flops
@@ -215,7 +215,8 @@ class Trainer:
         self.skipped_steps += not applied
         if self.skipped_in_a_row >= self.job.train.max_skipped_steps:
             sums = tally[:-1, 0].view(len(STREAMS), BUCKETS)
-            bad = [f"{stream} timesteps {1000 * place // BUCKETS}" for stream, row in zip(STREAMS, sums, strict=True)
+            of = self.diffusion.config.timesteps
+            bad = [f"{stream} timesteps {first_timestep(place, of)}" for stream, row in zip(STREAMS, sums, strict=True)
                    for place, value in enumerate(row.tolist()) if not math.isfinite(value)]  # fmt: skip
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite; the last at "
@@ -251,7 +252,7 @@ class Trainer:
             seconds = time.monotonic() - self.begun
             rates = {f"{stream}_per_s": len(self.tallies) * n / seconds for stream, n in self.step.samples.items()}
             line = {
-                **losses_of(torch.stack(self.tallies).sum(0), "loss"),
+                **losses_of(torch.stack(self.tallies).sum(0), "loss", of=self.diffusion.config.timesteps),
                 **rates,
                 "samples_per_s": sum(rates.values()),
                 "data_wait_share": (feed.waited_s - self.waited_s) / seconds,

@@ -59,7 +59,7 @@ def held_out_losses(job: TrainJob, model_folder: str) -> dict[str, float]:
             inputs = loss_inputs(batch, scale, text, device, dtype)
             losses = diffusion.loss(lambda z, t, s: unet(z.to(dtype), t, s), *inputs)
             add_losses(tally, stream, losses, inputs[2], of=job.diffusion.timesteps)
-    return losses_of(tally, "held_out")
+    return losses_of(tally, "held_out", of=job.diffusion.timesteps)
 
 
 def keep(job: TrainJob, checkpoint: str, samples: int) -> None:
