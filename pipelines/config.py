@@ -152,7 +152,7 @@ class EncodeConfig:
 
     @property
     def vae_cpus(self) -> float:
-        """CPUs of a VAE actor; 0 where it has a GPU, so that no encoder takes what one needs to come back after a kill."""
+        """CPUs of a VAE actor; 0 where it has a GPU, so that no encoder takes what one needs after a kill."""
         return 0 if self.gpus_per_worker else self.cpus_per_worker
 
     @property

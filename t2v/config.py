@@ -1,4 +1,4 @@
-"""What the model, its training and sampling can be told; defaults are the paper's (arXiv 2308.06571) where it has them."""
+"""What the model, training and sampling can be told; defaults are the paper's (arXiv 2308.06571) where it has them."""
 
 import math
 from dataclasses import dataclass, field
