@@ -167,7 +167,8 @@ class TrainConfig:
     With `min_workers` training goes on with fewer workers where a cluster cannot give all, and with more once it can,
     which is seen every `grow_every_s`. The last `keep_checkpoints` are kept, and at every milestone a copy of one, with
     its model as a diffusers folder. `max_skipped_steps` without a finite gradient in a row end the run; so do
-    `max_failures` of workers. Ranks that take no step for `hang_s` are ended and started anew.
+    `max_failures` of workers. Ranks that take no step for `hang_s`, in which a checkpoint must be written, are ended
+    and started anew.
 
     `feed: online` trains without latents: raw shards are downloaded and encoded meanwhile, by `data.fetch` and
     `data.encode` workers, whose GPUs may be parts of the ranks' own (`gpus_per_worker: 0.9` here, 0.1 there).
