@@ -160,7 +160,7 @@ def _replaced(folder: str) -> Iterator[Path]:
         return
     target = Path(storage.local_path(folder)).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(".part", f".{target.name}.", target.parent) as scratch:
         new = Path(scratch, "new")
         new.mkdir()
         yield new

@@ -198,11 +198,12 @@ def sweep(folder: str) -> None:
     """Deletes what kills have left half-written below a local folder for longer than a day."""
     if not is_local(folder):
         return  # what goes to an object store is spooled in each machine's own folder for such files
-    for base, _, names in os.walk(local_path(folder)):
-        for path in (os.path.join(base, name) for name in names if name.startswith(".") and name.endswith(".part")):
+    for base, folders, files in os.walk(local_path(folder)):
+        for name in (name for name in folders + files if name.startswith(".") and name.endswith(".part")):
+            path = os.path.join(base, name)
             with suppress(FileNotFoundError):
                 if time.time() - os.path.getmtime(path) > 86_400:
-                    os.unlink(path)
+                    shutil.rmtree(path) if name in folders else os.unlink(path)
 
 
 def copy_folder(source: str, target: str) -> None:

@@ -37,8 +37,12 @@ def test_what_kills_have_left_goes_after_a_day(tmp_path):
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / name).write_bytes(b"half")
         os.utime(tmp_path / "a" / name, (time.time() - age_s,) * 2)
+    for name, age_s in ((".model.0123.part", 90_000), (".model.4567.part", 0)):
+        (tmp_path / name / "new").mkdir(parents=True)
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
     storage.sweep(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.rglob("*.part")) == [".new.json.0123.part", "old.part"]
+    left = [".model.4567.part", ".new.json.0123.part", "old.part"]
+    assert sorted(path.name for path in tmp_path.rglob("*.part")) == left
     storage.sweep(str(tmp_path / "nowhere"))
 
 
