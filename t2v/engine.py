@@ -208,8 +208,10 @@ class Engine:
     def _lay_out_gradients(self) -> None:
         """Gives gradients of ZeRO 1 and 2 one buffer a group, laid out as DeepSpeed lays out the weights.
 
-        Autograd adds to views of it, in fp32 where a step has several slots, and one call sums it over ranks.
-        DeepSpeed's own way, a hook a weight, takes Python longer than a GPU takes for a backward pass.
+        Autograd adds to views of it, in fp32 where a step has several slots, and one call sums it over ranks, after
+        the last backward pass: of the published model 2.8 or 5.6 GB, which with all else that four H100s do together
+        costs 3 % of a step. DeepSpeed's own way, a hook a weight, overlaps the two, but takes Python longer than a GPU
+        takes for a backward pass.
         """
         for hook in self.optimizer._grad_acc_hooks:
             hook.remove()
