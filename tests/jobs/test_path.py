@@ -116,7 +116,8 @@ def test_mlflow_has_a_run_of_each_job(run_dir: Path) -> None:
     assert inputs == {"videos latents", "images latents"}
     assert any(name.startswith("system/") for name in train.data.metrics)
     version = client.get_model_version_by_alias(run_dir.name, "newest")
-    assert version.tags == {"folder": f"{run_dir}/train/model", "samples": str(2 * STEP_SAMPLES)}
+    model = f"{run_dir}/train/milestones/{2 * STEP_SAMPLES:012d}/model"
+    assert version.tags == {"folder": model, "samples": str(2 * STEP_SAMPLES)}
     assert "milestones/index.html" in {file.path for file in client.list_artifacts(train.info.run_id, "milestones")}
     scores = json.loads(Path(client.download_artifacts(runs["evaluate"].info.run_id, "scores.json")).read_text())
     assert {"score", "value", "colour", "direction"} <= set(scores["columns"])
