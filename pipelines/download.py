@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from yarl import URL
 
 from pipelines.addresses import ForbiddenAddress, is_allowed
 from pipelines.config import FetchConfig
-from pipelines.fetch import Fetched, Fetcher, FetchError, checked_media, checked_url, classed
+from pipelines.fetch import Fetched, Fetcher, FetchError, checked_media, checked_url, classed, parsed
 from pipelines.ledger import Status
 
 Download = Callable[[Sequence[str]], list[Fetched]]
@@ -109,7 +108,7 @@ def address_check(config: FetchConfig) -> Check:
     allowed = [ipaddress.ip_network(network) for network in config.allow_networks]
 
     def check(url: str) -> None:
-        target = checked_url(URL(url))
+        target = checked_url(parsed(url))
         found = {info[4][0] for info in socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)}
         for address in found:
             if not is_allowed(str(address), allowed):

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 
@@ -67,7 +68,8 @@ class FetchError(Exception):
 
     def __init__(self, status: Status, message: str, again: bool = False, after_s: float = 0.0) -> None:
         super().__init__(message)
-        self.status, self.message, self.again, self.after_s = status, message, again, after_s
+        self.status, self.message = status, message.encode(errors="replace").decode()  # servers' words may be no UTF-8
+        self.again, self.after_s = again, after_s
 
 
 class Fetcher:
@@ -119,6 +121,14 @@ def checked_media(body: bytes, content_type: str, max_bytes: int) -> bytes:
     return body
 
 
+def parsed(url: str) -> URL:
+    """ValueError where it is no URL, whatever yarl raises for it."""
+    try:
+        return URL(url)
+    except IndexError as error:  # http://[]@
+        raise ValueError(f"{url!r} is no URL") from error
+
+
 def checked_url(url: URL) -> URL:
     """`url`, if it is one that may be asked for at all; FetchError: no_url, forbidden_address."""
     if not url.scheme:
@@ -145,6 +155,8 @@ def open_session(config: FetchConfig) -> aiohttp.ClientSession:
 
 
 async def _opened(config: FetchConfig) -> aiohttp.ClientSession:
+    # Names are looked up in threads: names that nobody answers for must not keep others waiting on their own clocks.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(config.concurrency, "names"))
     return open_session(config)
 
 
@@ -245,13 +257,13 @@ async def _tried(session: aiohttp.ClientSession, url: str, part: _Part, config: 
 
 async def _download(session: aiohttp.ClientSession, url: str, part: _Part, config: FetchConfig, room: _Room) -> bytes:
     """One attempt, redirects followed by hand so that each hop is held to the same rules."""
-    here = checked_url(URL(url))
+    here = checked_url(parsed(url))
     for _ in range(config.max_redirects + 1):
         async with session.get(here, headers=part.wanted(here), allow_redirects=False) as response:
             if config.honour_opt_out and opts_out(response.headers.getall("X-Robots-Tag", [])):
                 raise FetchError("opt_out", f"X-Robots-Tag: {response.headers['X-Robots-Tag']}")
             if response.status in _REDIRECTS and "Location" in response.headers:
-                here = checked_url(here.join(URL(response.headers["Location"])))
+                here = checked_url(here.join(parsed(response.headers["Location"])))
                 continue
             _check_status(response, part)
             return await _read(response, part, config, room)
@@ -333,6 +345,6 @@ def classed(error: Exception, config: FetchConfig) -> FetchError:
 
 def _host(url: str) -> str:
     try:
-        return URL(url).host or ""
+        return parsed(url).host or ""
     except ValueError:
         return ""

@@ -88,6 +88,13 @@ def answers() -> dict[str, tuple[bytes | Answer, str]]:
         "header-with-nul": (b"HTTP/1.1 200 OK\r\nX: \0\r\n\r\n" + JPEG_HEAD, "http_error connection"),
         "moved-nowhere": (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "http_error"),
         "noai": (_OK + b"X-Robots-Tag: NoAI\r\n\r\n" + JPEG_HEAD, "opt_out"),
+        "reason-no-utf8": (b"HTTP/1.1 404 Nicht gef\xfcnden\r\nContent-Length: 0\r\n\r\n", "http_404"),
+        "reason-latin": (b"HTTP/1.1 400 caf\xe9\r\nContent-Length: 0\r\n\r\n", "http_error"),
+        "noai-no-utf8": (_OK + b"X-Robots-Tag: noai, \xff\r\n\r\n" + JPEG_HEAD, "opt_out"),
+        "type-no-utf8": (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/\xff\r\nContent-Length: 4\r\n\r\npage",
+            "not_media",
+        ),
     }
 
 
@@ -127,6 +134,7 @@ def urls(port: int) -> dict[str, str]:
         f"http://{'a.' * 200}invalid/",
         "http://.../",
     ]
+    odd += ["http://[]@", "http://[::1]x@/", "http://][@"]
     odd += ["http://xn--a/", "http://\u2488.invalid/", "http://exa\nmple.invalid/"]
     return (
         dict.fromkeys(refused, "forbidden_address")
