@@ -202,7 +202,7 @@ class MediaEncoder:
             else:
                 kept = self.selection.picture(body)
         except MediaError as error:
-            last: Stage = "filter" if error.status.startswith("filtered_") else "decode"
+            last: Stage = "filter" if error.status.startswith("filter") else "decode"
             return Decoded(replace(entry, status=error.status, stage=last, message=error.message), caption, None)
         return Decoded(replace(entry, stage="encode"), caption, kept)
 

@@ -39,7 +39,7 @@ class Selection:
     """Cuts windows out of videos and refuses what the configuration does not want.
 
     MediaError tells why nothing is left of a row: what pipelines/media.py says, or filtered_cuts, filtered_static,
-    filtered_motion, filtered_nsfw, filtered_score. Safe to call from several threads.
+    filtered_motion, filtered_nsfw, filtered_score, filter_failed. Safe to call from several threads.
     """
 
     def __init__(self, data: DataConfig, decoders: Decoders, device: str = "cpu") -> None:
@@ -116,8 +116,13 @@ class Selection:
                 return MediaError("filtered_motion", f"motion {moved:.2f} is above {config.max_motion:g}")
         if self._nsfw and config.max_nsfw is not None and (score := self._nsfw(frames)) > config.max_nsfw:
             return MediaError("filtered_nsfw", f"NSFW score {score:.2f} is above {config.max_nsfw:g}")
-        if self._score and not (score := float(self._score(frames))) <= config.max_score:
-            return MediaError("filtered_score", f"{config.scorer} gives {score:.3g}, above {config.max_score:g}")
+        if self._score:
+            try:
+                score = float(self._score(frames))
+            except Exception as error:  # of the user's own code: it costs the row, and is told in its ledger
+                return MediaError("filter_failed", f"{config.scorer}: {type(error).__name__}: {error}")
+            if not score <= config.max_score:
+                return MediaError("filtered_score", f"{config.scorer} gives {score:.3g}, above {config.max_score:g}")
         return None
 
 

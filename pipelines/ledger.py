@@ -45,6 +45,7 @@ Status = Literal[
     "filtered_motion",
     "filtered_nsfw",
     "filtered_score",
+    "filter_failed",
     "filtered_duplicate",
 ]
 Stage = Literal["manifest", "fetch", "decode", "filter", "encode"]

@@ -47,7 +47,7 @@ class MediaError(Exception):
 
     def __init__(self, status: "Status", message: str) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message = status, message.encode(errors="replace").decode()  # files' words may be no UTF-8
 
 
 @dataclass(frozen=True)
@@ -387,6 +387,6 @@ def _squares(frame: VideoFrame, converter: VideoReformatter, sizes: Sequence[int
     deep = is_hdr(frame)
     pixels = FORMAT if deep else "rgb24"
     image = converter.reformat(frame, format=pixels, threads=1).to_ndarray()  # its tables are made once a clip
-    upright = np.rot90(image, frame.rotation // 90)
+    upright = np.rot90(image, round(frame.rotation / 90))
     squares = [square(upright, size) for size in sizes]
     return [toned(one, frame) for one in squares] if deep else squares

@@ -18,6 +18,7 @@ from t2v import storage
 
 _BATCH_ROWS = 10_000
 _BUFFER_BYTES = 4 << 20  # read at a time of each column of a Parquet file, however large its row groups are
+_CSV_BLOCKS = pacsv.ReadOptions(block_size=16 << 20)  # which a row must fit
 _DURATION = re.compile(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?")
 
 
@@ -108,7 +109,8 @@ def _parquet_batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 def _json_names(path: str) -> list[str]:
     with _naming(path), storage.open_read(path) as file:
-        return list(_json_object(file.readline() or b"{}"))
+        lines = (line for line in file if line.strip())
+        return list(dict.fromkeys(name for line in islice(lines, _BATCH_ROWS) for name in _json_object(line)))
 
 
 def _json_batches(path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -132,14 +134,14 @@ def _json_text(value: object) -> str:
 
 def _csv_names(delimiter: str, path: str) -> list[str]:
     with _naming(path), storage.open_read(path) as file:
-        return pacsv.open_csv(file, parse_options=_csv_options(delimiter)).schema.names
+        return pacsv.open_csv(file, _CSV_BLOCKS, _csv_options(delimiter)).schema.names
 
 
 def _csv_batches(delimiter: str, path: str, names: list[str]) -> Iterator[pa.RecordBatch]:
     """As bytes, for captions are not always UTF-8."""
     convert = pacsv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.binary()))
     with _naming(path), storage.open_read(path) as file:
-        yield from pacsv.open_csv(file, parse_options=_csv_options(delimiter), convert_options=convert)
+        yield from pacsv.open_csv(file, _CSV_BLOCKS, _csv_options(delimiter), convert)
 
 
 def _csv_options(delimiter: str) -> pacsv.ParseOptions:

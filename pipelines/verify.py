@@ -41,13 +41,17 @@ def damage(data_dir: str, task: dict) -> str:
 
     `task` names it: stream, name, and manifest and index, the row group that it was made of.
     """
-    stream, name = task["stream"], task["name"]
     try:
-        summary = storage.read_json(storage.join(data_dir, "done", stream, f"{name}.json"))
-        with storage.open_read(storage.join(data_dir, "ledger", stream, f"{name}.parquet")) as file:
-            entries = pq.read_table(file).to_pylist()
-    except (OSError, ValueError) as error:  # of Arrow and JSON
-        return f"cannot be read: {error}"
+        return _damage(data_dir, task)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:  # as damage has it
+        return f"cannot be read: {type(error).__name__} {error}"
+
+
+def _damage(data_dir: str, task: dict) -> str:
+    stream, name = task["stream"], task["name"]
+    summary = storage.read_json(storage.join(data_dir, "done", stream, f"{name}.json"))
+    with storage.open_read(storage.join(data_dir, "ledger", stream, f"{name}.parquet")) as file:
+        entries = pq.read_table(file).to_pylist()
     asked = [row["row_id"] for row in read_shard(task["manifest"], task["index"])]
     if [entry["row_id"] for entry in entries] != asked:
         return "its ledger does not hold the rows of its manifest, one for one"
@@ -62,13 +66,11 @@ def damage(data_dir: str, task: dict) -> str:
 
 def _damage_of_latents(path: str, ok: list[str], digest: str) -> str:
     """The same of the latents of one size, which are to be those of the rows `ok`."""
-    try:
-        rows = shards.read_shard(path)
-    except (OSError, ValueError) as error:  # of Arrow and the shard itself
-        return f"cannot be read: {error}"
-    if list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id)) != ok:
+    rows = shards.read_shard(path)
+    if list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id)) != list(dict.fromkeys(ok)):
         return "its latents are not those of the rows that its ledger calls ok"
-    if len(set(rows.row_id)) < len(rows):
+    times = Counter(ok)  # more than once where the manifest has a URL more than once
+    if any(count > times[row_id_of(sample)] for sample, count in Counter(rows.row_id).items()):
         return "it holds a row twice"
     if not all(np.isfinite(latents).all() for latents in (rows.mean, rows.logvar) if latents is not None):
         return "it holds latents that are not finite"

@@ -195,6 +195,15 @@ def brightness(frames):
     return frames.mean() / 255
 
 
+def confused(frames):
+    """One that fails."""
+    raise RuntimeError("no idea")
+
+
+def test_a_function_of_ones_own_that_fails_costs_the_row():
+    assert refused(SOURCES["h264"], scorer=f"{__name__}:confused", max_score=1) == "filter_failed"
+
+
 def test_a_function_of_ones_own_refuses_what_it_scores_above_the_bound():
     scorer = f"{__name__}:brightness"
     score = brightness(read_clip(SOURCES["h264"], 16, 3.0, 64, key="a").frames)

@@ -134,6 +134,13 @@ def test_missing_columns_are_named_with_those_found_and_wanted(tmp_path):
             read_manifest(path, "generic")
 
 
+def test_columns_of_jsonl_may_come_late_and_captions_be_long(tmp_path):
+    (tmp_path / "m.jsonl").write_text('\n{"url": "a", "caption": "b"}\n{"url": "c", "caption": "d", "width": 9}\n')
+    assert [row["width"] for row in rows_of(str(tmp_path / "m.jsonl"), "generic")] == [None, 9]
+    (tmp_path / "m.csv").write_text(f"url,caption\na,{'x' * 3_000_000}\nb,y\n")
+    assert [len(row["caption"]) for row in rows_of(str(tmp_path / "m.csv"), "generic")] == [3_000_000, 1]
+
+
 def test_bad_maps_and_files(tmp_path):
     with pytest.raises(ValueError, match="'webvit' is neither one of webvid, laion2b-en"):
         column_map("webvit")

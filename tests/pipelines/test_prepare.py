@@ -18,7 +18,7 @@ from pipelines.media import read_clip
 from pipelines.pictures import read_image
 from pipelines.prepare import prepare, stored_plans
 from pipelines.status import show_status
-from pipelines.verify import damage, verify
+from pipelines.verify import _damage_of_latents, damage, verify
 from pipelines.web import IMAGE_FAULTS, VIDEO_FAULTS
 from t2v import shards, storage
 from t2v.shards import encoder_id
@@ -207,7 +207,7 @@ def test_a_damaged_shard_is_named_queued_again_and_made_anew(prepared, capsys):
     assert verify(str(prepared.run_dir)) == 1
     show_status(str(prepared.run_dir))
     out = capsys.readouterr().out
-    assert f"videos {shard.stem}: cannot be read: could not verify page integrity" in out
+    assert f"videos {shard.stem}: cannot be read: OSError could not verify page integrity" in out
     total = len(list(shard.parent.glob("0*.parquet")))
     assert f"{total - 1}/{total} shards" in out and "rows/s lately" in out
     prepare(str(prepared.run_dir), prepared.data, prepared.vae, SEED)
@@ -242,6 +242,27 @@ def test_whatever_is_wrong_with_a_shard_is_told(prepared, tmp_path, part, change
     rewritten(tmp_path / "data" / part / "images" / f"{name}.parquet", change)
     task = {"stream": "images", "name": name, "manifest": plan.manifest.path, "index": 1}
     assert expected in damage(str(tmp_path / "data"), task)
+
+
+@pytest.mark.parametrize("part", ["done", "ledger", "latents", "manifest"])
+def test_whatever_cannot_be_read_is_told(prepared, tmp_path, part):
+    shutil.copytree(prepared.run_dir / "data", tmp_path / "data")
+    plan = next(plan for plan in stored_plans(str(tmp_path / "data")) if plan.stream == "images")
+    task = {"stream": "images", "name": plan.names[1], "manifest": plan.manifest.path, "index": 1}
+    files = {"done": f"{plan.names[1]}.json", "manifest": "000000.parquet"}
+    path = tmp_path / "data" / part / "images" / files.get(part, f"{plan.names[1]}.parquet")
+    path.write_bytes(b"{}" if part == "done" else path.read_bytes()[:-40] + bytes(40))
+    assert damage(str(tmp_path / "data"), task).startswith("cannot be read: ")
+
+
+def test_rows_of_one_url_are_no_damage(tmp_path):
+    info = shards.LatentInfo("images", (4, 1, 2, 2), "vae", 1.0, "settings")
+    ids, mean = ["a", "a", "b"], np.zeros((3, 4, 1, 2, 2), np.float16)
+    path = str(tmp_path / "0.parquet")
+    shards.write_shard(path, info, ids, ["", "", ""], mean, None, np.zeros(3), np.zeros(3))
+    digest = shards.digest_rows(shards.read_shard(path))
+    assert _damage_of_latents(path, ["a", "a", "b"], digest) == ""
+    assert _damage_of_latents(path, ["a", "b"], digest) == "it holds a row twice"
 
 
 def test_nothing_prepared_is_said(tmp_path):
