@@ -14,6 +14,9 @@ from pipelines.ray_data import quieten
 from pipelines.windows import row_id_of
 from t2v import shards, storage
 
+# What reading raises where bits have changed: Arrow, JSON, and whoever looks for what is not there.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
+
 
 def verify(run_dir: str) -> int:
     """Reads every finished shard of a run again, on all nodes; says what is wrong and returns how many are damaged.
@@ -43,7 +46,7 @@ def damage(data_dir: str, task: dict) -> str:
     """
     try:
         return _damage(data_dir, task)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:  # as damage has it
+    except _DAMAGE as error:
         return f"cannot be read: {type(error).__name__} {error}"
 
 
@@ -66,7 +69,10 @@ def _damage(data_dir: str, task: dict) -> str:
 
 def _damage_of_latents(path: str, ok: list[str], digest: str) -> str:
     """The same of the latents of one size, which are to be those of the rows `ok`."""
-    rows = shards.read_shard(path)
+    try:
+        rows = shards.read_shard(path)
+    except _DAMAGE as error:
+        return f"cannot be read: {type(error).__name__} {error}"
     if list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id)) != list(dict.fromkeys(ok)):
         return "its latents are not those of the rows that its ledger calls ok"
     times = Counter(ok)  # more than once where the manifest has a URL more than once
