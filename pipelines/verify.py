@@ -15,7 +15,7 @@ from pipelines.windows import row_id_of
 from t2v import shards, storage
 
 # What reading raises where bits have changed: Arrow, JSON, and whoever looks for what is not there.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
 
 
 def verify(run_dir: str) -> int:
@@ -46,7 +46,7 @@ def damage(data_dir: str, task: dict) -> str:
     """
     try:
         return _damage(data_dir, task)
-    except _DAMAGE as error:
+    except _UNREADABLE as error:
         return f"cannot be read: {type(error).__name__} {error}"
 
 
@@ -71,7 +71,7 @@ def _damage_of_latents(path: str, ok: list[str], digest: str) -> str:
     """The same of the latents of one size, which are to be those of the rows `ok`."""
     try:
         rows = shards.read_shard(path)
-    except _DAMAGE as error:
+    except _UNREADABLE as error:
         return f"cannot be read: {type(error).__name__} {error}"
     if list(dict.fromkeys(row_id_of(sample) for sample in rows.row_id)) != list(dict.fromkeys(ok)):
         return "its latents are not those of the rows that its ledger calls ok"

@@ -74,7 +74,8 @@ def newest_first(train_folder: str) -> list[str]:
 def furthest_first(train_folder: str, tell: Callable[[str], None]) -> list[tuple[int, str]]:
     """Samples and folder of each checkpoint that all ranks have finished; `tell` hears of the others.
 
-    Of equal ones the newest comes first: names tell the time, but by the clock of whichever machine gave them.
+    Of equal ones the newest comes first: names tell the time, but by the clock of whichever machine gave them. Copies
+    of milestones come last, so that a run goes back where its newer checkpoints are deleted.
     """
     found = []
     for folder in newest_first(train_folder):
@@ -82,7 +83,12 @@ def furthest_first(train_folder: str, tell: Callable[[str], None]) -> list[tuple
             found.append((int(read_state(folder)["samples"]), folder))
         except CheckpointError as error:
             tell(str(error))
-    return sorted(found, key=lambda one: -one[0])
+    return sorted(found, key=lambda one: (is_copy(one[1]), -one[0]))
+
+
+def is_copy(folder: str) -> bool:
+    """Whether a checkpoint is a milestone's copy."""
+    return folder.endswith("/checkpoint")
 
 
 def read_pieces(folder: str, wanted: Sequence[Piece]) -> Iterator[tuple[Piece, int, int, dict[str, Tensor]]]:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import mlflow
 import pandas as pd
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.git_utils import get_git_commit
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_LOGGED_ARTIFACTS
 
 from t2v import storage
@@ -128,21 +128,18 @@ class Record:
         found = client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts)
         name = f"{self._job} {os.path.basename(self._run_dir.rstrip('/'))}"
-        run_id = client.create_run(experiment, run_name=name, tags=code_tags()).info.run_id
+        run_id = client.create_run(experiment, run_name=name, tags=_code_tags()).info.run_id
         storage.write_json(self._note, {"run_id": run_id})
         return run_id
 
 
-def code_tags() -> dict[str, str]:
+def _code_tags() -> dict[str, str]:
     """The commit of this checkout, where it is one, and a digest of the code, which images and copies have as well."""
     project = Path(__file__).parents[1]
     files = sorted(file for room in ("jobs", "pipelines", "t2v") for file in (project / room).rglob("*.py"))
     tags = {"code": digest_of([[str(file.relative_to(project)), file.read_text()] for file in files])}
-    if (project / ".git").exists():
-        with suppress(OSError, subprocess.SubprocessError):
-            asked = ["git", "-C", str(project), "rev-parse", "HEAD"]
-            tags[MLFLOW_GIT_COMMIT] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    return tags
+    commit = get_git_commit(str(project))
+    return tags | {MLFLOW_GIT_COMMIT: commit} if commit else tags
 
 
 def machine_monitors() -> "list[BaseMetricsMonitor]":

@@ -51,7 +51,6 @@ class Watch:
     def begin(self, rank: int) -> None:
         """Hears that a rank has started, which may have waited for room: what one before it said counts no more."""
         self._beats.pop(rank, None)
-        self._moved = time.monotonic()
 
     def beat(self, rank: int, world: int, samples: int, doing: str) -> tuple[bool, str]:
         """Hears one rank; tells whether it is to stop, and to the first that asks after a hang, who hangs where."""

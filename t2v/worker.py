@@ -32,7 +32,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from t2v import storage
-from t2v.checkpoint import furthest_first, newest_first
+from t2v.checkpoint import furthest_first, is_copy, newest_first
 from t2v.checks import check, cluster_resources
 from t2v.config import Stream
 from t2v.epochs import begin_anew
@@ -82,7 +82,7 @@ def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> Non
         if job.is_fresh and not job.raw:
             begin_anew(job)
         _supervise(job, watch, on_export, encode)
-    samples, furthest = furthest_first(job.folder, lambda problem: None)[0]
+    samples, furthest = _furthest(job)[0]
     if samples < job.samples:
         print(f"[train] stopped as asked at {samples:,}/{job.samples:,} samples; the same command goes on", flush=True)
     elif job.exported_samples < samples:  # its validation failed
@@ -91,7 +91,7 @@ def fit(job: TrainJob, on_export: OnExport, encode: Encode | None = None) -> Non
 
 def _supervise(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | None) -> None:
     """Runs Ray Train; what becomes of ranks is for it to see, and here what becomes of itself."""
-    failures, newest = 0, newest_first(job.folder)[:1]
+    failures, furthest = 0, _furthest(job)
     while True:
         _mend_registry(job)
         try:
@@ -102,8 +102,8 @@ def _supervise(job: TrainJob, watch: Any, on_export: OnExport, encode: Encode | 
                 raise error.controller_failure from None
             raise
         except RayActorError:
-            before, newest = newest, newest_first(job.folder)[:1]
-            failures = failures + 1 if newest == before else 1
+            before, furthest = furthest, _furthest(job)
+            failures = failures + 1 if furthest == before else 1
             if failures > job.train.max_failures:
                 raise
             print("[train] Ray Train's controller died; it is started anew", flush=True)
@@ -279,18 +279,22 @@ def _back_off_s(failures: int) -> float:
     return min(60.0, 2.0**failures)
 
 
+def _furthest(job: TrainJob) -> list[tuple[int, str]]:
+    """Samples and folder of the checkpoint that a run goes on from, if there is one."""
+    return furthest_first(job.folder, lambda problem: None)[:1]
+
+
 def _checkpoints(job: TrainJob) -> list[str]:
     """What there is to go on from, the furthest first; removes what Ray Train has lost sight of and nobody needs."""
     reported = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
     known = {str(entry.checkpoint.path).rstrip("/").rsplit("/", 1)[-1] for entry in reported}
     found = furthest_first(job.folder, lambda problem: print(f"[train] skipped a checkpoint: {problem}", flush=True))
     whole = [folder for _, folder in found]
-    kept = [folder for folder in whole if not folder.endswith("/checkpoint")][: job.train.keep_checkpoints]
-    for folder in newest_first(job.folder):
-        if folder.rsplit("/", 1)[-1] not in {"checkpoint", *known} and folder not in kept:
-            storage.remove_folder(folder)
-            whole = [other for other in whole if other != folder]
-    return whole
+    kept = {folder for folder in whole if is_copy(folder)} | set(whole[: job.train.keep_checkpoints])
+    lost = {folder for folder in newest_first(job.folder) if folder.rsplit("/", 1)[-1] not in known} - kept
+    for folder in lost:
+        storage.remove_folder(folder)
+    return [folder for folder in whole if folder not in lost]
 
 
 def _validate(checkpoint: Checkpoint, job: TrainJob, watch: Any, on_export: OnExport, samples: int) -> dict[str, float]:

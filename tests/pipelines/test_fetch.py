@@ -1,5 +1,6 @@
 import asyncio
 import ipaddress
+import socket
 import time
 from collections import Counter
 
@@ -138,6 +139,28 @@ def test_a_busy_server_is_given_the_time_it_asks_for_up_to_that_of_an_attempt(af
     (fetched,), asked = fetch([f"/busy?{after}"], FetchConfig(allow_networks=LOOPBACK, retries=1, timeout_s=1.5))
     assert (fetched.status, asked["/busy"]) == ("ok", 2)
     assert least_s <= fetched.seconds < 30
+
+
+def test_names_that_nobody_answers_for_leave_the_others_their_time(monkeypatch):
+    """System calls for names alone are stood in for: on loopback none is slow."""
+    ask = socket.getaddrinfo
+
+    def answer(host, *rest, **more):
+        if host.endswith(".silent"):
+            time.sleep(1.0)
+            raise socket.gaierror(socket.EAI_AGAIN, "nobody answers")
+        return ask("127.0.0.1", *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    with serve(".") as base_url:
+        port = base_url.rsplit(":")[-1]
+        urls = [f"http://{n}.silent:{port}/" for n in range(30)] + [
+            f"http://{n}.there:{port}/README.md" for n in range(5)
+        ]
+        fetcher = Fetcher(FetchConfig(allow_networks=LOOPBACK, retries=0, timeout_s=3))
+        fetched = fetcher(urls)
+        fetcher.close()
+    assert [one.status for one in fetched] == ["dns"] * 30 + ["not_media"] * 5
 
 
 def test_opting_out_can_be_overruled():

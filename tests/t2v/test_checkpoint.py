@@ -19,15 +19,16 @@ def write(folder: Path, samples: int, ranks: int = 1, of: int | None = None) -> 
         write_share(str(folder), rank, flats, [Piece("weight", 0, 4)], state)
 
 
-def test_the_furthest_is_gone_on_from_whatever_clocks_say_and_of_equal_ones_the_newest(tmp_path: Path) -> None:
+def test_the_furthest_is_gone_on_from_whatever_clocks_say_and_milestones_copies_last(tmp_path: Path) -> None:
     names = {"checkpoint_2026-10-25_02-10": 300, "checkpoint_2026-10-25_02-30": 200, "checkpoint_2026-10-25_02-50": 200}
     for name, samples in names.items():
         write(tmp_path / name, samples)
-    write(tmp_path / "milestones/000000000250/checkpoint", 250)
+    for samples in (150, 250):
+        write(tmp_path / f"milestones/{samples:012}/checkpoint", samples)
     write(tmp_path / "checkpoint_2026-10-25_02-59", 400, ranks=1, of=2)
     told: list[str] = []
     found = furthest_first(str(tmp_path), told.append)
-    assert [samples for samples, _ in found] == [300, 250, 200, 200]
+    assert [samples for samples, _ in found] == [300, 200, 200, 250, 150]
     assert [folder.rsplit("_")[-1] for samples, folder in found if samples == 200] == ["02-50", "02-30"]
     (problem,) = told
     assert "02-59: the checkpoint is half-written, 1 of 2 ranks have finished it" in problem

@@ -94,12 +94,8 @@ def test_milestones_are_exported_told_of_and_kept_while_checkpoints_go(runs: Pat
     assert (runs / f"undisturbed/train/milestones/{half:012}/checkpoint/rank-00001.json").exists()
     assert len(list((runs / "undisturbed/train").glob("checkpoint_2*"))) == 2
     models = {samples: runs / f"undisturbed/train/milestones/{samples:012}/model" for samples in (half, end)}
-    assert {
-        samples: storage.read_json(f"{model}/t2v.json")["info"]["samples"] for samples, model in models.items()
-    } == {
-        half: half,
-        end: end,
-    }
+    seen = {samples: storage.read_json(f"{model}/t2v.json")["info"]["samples"] for samples, model in models.items()}
+    assert seen == {half: half, end: end}
     unet = "unet/diffusion_pytorch_model.safetensors"
     assert (models[end] / unet).read_bytes() == (runs / "undisturbed/train/model" / unet).read_bytes()
     assert (models[half] / unet).read_bytes() != (models[end] / unet).read_bytes()
