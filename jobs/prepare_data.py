@@ -26,12 +26,12 @@ def main() -> None:
         from pipelines.prepare import prepare
         from t2v import storage
 
-        note = storage.join(config.run_dir, "data", "funnel.json")
-        before = storage.read_json(note) if storage.exists(note) else None
         with own_corpus(config.run_dir, config.corpus):
             prepare(config.run_dir, config.data, config.model.vae, config.seed)
-        if (funnel := storage.read_json(note)) != before:
-            _record(config, funnel)
+        funnel = storage.read_json(storage.join(config.run_dir, "data", "funnel.json"))
+        recorded = storage.join(config.run_dir, "config", "prepare_data.recorded.json")  # what MLflow has
+        if (not storage.exists(recorded) or storage.read_json(recorded) != funnel) and _record(config, funnel):
+            storage.write_json(recorded, funnel)
 
 
 def _look(config: Config, verifies: bool) -> None:
@@ -49,7 +49,8 @@ def _look(config: Config, verifies: bool) -> None:
         raise SystemExit(2) from None
 
 
-def _record(config: Config, funnel: dict) -> None:
+def _record(config: Config, funnel: dict) -> bool:
+    """Whether MLflow has taken all of it."""
     from pipelines.prepare import stored_plans
     from pipelines.sheet import sheet_path
     from t2v import storage
@@ -72,7 +73,7 @@ def _record(config: Config, funnel: dict) -> None:
         "funnel.json",
     )
     record.metrics({f"yield_percent_{stream}": counts["yield_percent"] for stream, counts in funnel.items()}, step=0)
-    record.close()
+    return record.close()
 
 
 if __name__ == "__main__":

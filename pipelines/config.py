@@ -85,8 +85,8 @@ class FetchConfig:
     """Bounds on what a stranger's server may do to a download, and on what we do to it.
 
     `concurrency` and `per_host` count downloads of one shard; `timeout_s` bounds one attempt, `max_bytes` one body, and
-    `max_bytes_under_way` those of an actor that are not complete yet, together, save one that may go beyond it. The
-    addresses of `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors,
+    `max_bytes_under_way` those of an actor that are not complete yet, together, save one that may go beyond it, and
+    `max_shard_bytes` those that a shard keeps in memory: what comes after is too_large. The addresses of `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors,
     each of `cpus_per_task`, download a shard at a time beside the encoders. `engine` may be one of two packages, which
     keep fewer of these bounds (pipelines/download.py).
     """
@@ -99,6 +99,7 @@ class FetchConfig:
     retries: int = 2
     max_bytes: int = 500_000_000
     max_bytes_under_way: int = 1 << 30
+    max_shard_bytes: int = 1 << 32
     max_redirects: int = 5
     max_pixels: int = 100_000_000
     allow_networks: list[str] = field(default_factory=list)
@@ -106,7 +107,8 @@ class FetchConfig:
     cpus_per_task: float = 0.5
 
     def __post_init__(self) -> None:
-        at_least(1, self, "workers", "concurrency", "per_host", "max_bytes", "max_bytes_under_way", "max_pixels")
+        at_least(1, self, "workers", "concurrency", "per_host", "max_pixels")
+        at_least(1, self, "max_bytes", "max_bytes_under_way", "max_shard_bytes")
         at_least(0, self, "retries", "max_redirects")
         above_zero(self, "timeout_s", "cpus_per_task")
         for network in self.allow_networks:

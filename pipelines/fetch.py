@@ -97,10 +97,18 @@ async def fetch_all(session: aiohttp.ClientSession, urls: Sequence[str], config:
     """Download all of `urls`, in the order given, within the bounds of `config`; never raises for a URL."""
     per_host: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
     slots, room = asyncio.Semaphore(config.concurrency), _Room(config.max_bytes_under_way)
+    kept = 0
 
     async def in_turn(url: str) -> Fetched:
+        nonlocal kept
         async with per_host[_host(url)], slots:
-            return await _fetch(session, url, config, room)
+            fetched = await _fetch(session, url, config, room)
+        kept += len(fetched.body)
+        if kept <= config.max_shard_bytes:
+            return fetched
+        kept -= len(fetched.body)
+        message = f"its shard would hold more than {config.max_shard_bytes:,} bytes: lower shard_rows of the stream"
+        return Fetched(b"", "too_large", message, fetched.seconds)
 
     return await asyncio.gather(*(in_turn(url) for url in urls))
 

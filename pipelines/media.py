@@ -258,7 +258,7 @@ def _planned(
             return []
         before = frame.pts
         if frame.pts in wanted:
-            squares[frame.pts] = _squares(frame, converter, sizes)
+            squares[frame.pts] = _squares(frame, converter, sizes, _pixel_aspect(stream))
     return [squares[time] for time in wanted] if squares.keys() >= set(wanted) else []
 
 
@@ -330,7 +330,8 @@ def _seen(
     frames = _decoded_from(container, stream, span, ticks[0])
     if watched is not None:
         frames = _watching(frames, span, ticks, watched)
-    return [_squares(frame, converter, sizes) for frame in _shown(frames, span, ticks)]
+    aspect = _pixel_aspect(stream)
+    return [_squares(frame, converter, sizes, aspect) for frame in _shown(frames, span, ticks)]
 
 
 def _watching(
@@ -381,12 +382,21 @@ def _decoded_from(
             return
 
 
-def _squares(frame: VideoFrame, converter: VideoReformatter, sizes: Sequence[int]) -> list[np.ndarray]:
+def _pixel_aspect(stream: VideoStream) -> float:
+    """Width over height; 1 where the file says nothing, or what nobody means."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if 1 / 4 <= aspect <= 4 else 1.0
+
+
+def _squares(
+    frame: VideoFrame, converter: VideoReformatter, sizes: Sequence[int], pixel_aspect: float
+) -> list[np.ndarray]:
     if frame.is_corrupt:
         raise MediaError("corrupt", f"the frame at {frame.time:.2f} s is damaged")
     deep = is_hdr(frame)
     pixels = FORMAT if deep else "rgb24"
     image = converter.reformat(frame, format=pixels, threads=1).to_ndarray()  # its tables are made once a clip
-    upright = np.rot90(image, round(frame.rotation / 90))
-    squares = [square(upright, size) for size in sizes]
+    turns = round(frame.rotation / 90)
+    aspect = 1 / pixel_aspect if turns % 2 else pixel_aspect
+    squares = [square(np.rot90(image, turns), size, aspect) for size in sizes]
     return [toned(one, frame) for one in squares] if deep else squares

@@ -42,8 +42,8 @@ class Outbox:
                 self._queue.append(entry)
             self._changed.notify()
 
-    def close(self, timeout_s: float) -> None:
-        """Waits until all is told, for `timeout_s` at most; how much was not told by then is said."""
+    def close(self, timeout_s: float) -> bool:
+        """Whether all is told, for which it waits `timeout_s` at most; how much was not told by then is said."""
         with self._changed:
             self._deadline = time.monotonic() + timeout_s
             self._changed.notify()
@@ -52,6 +52,8 @@ class Outbox:
             lost = self._lost + len(self._queue)
         if lost or self._thread.is_alive():
             log.warning("%s did not take all it was told in time: %d points or files are lost", self._server, lost)
+            return False
+        return True
 
     def _work(self) -> None:
         while entries := self._take():

@@ -90,14 +90,14 @@ class Record:
         name = re.sub(r"[^\w.-]", "-", os.path.basename(self._run_dir.rstrip("/")))
         self._put(lambda client, run_id: _register(client, run_id, name, folder, samples))
 
-    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
         """Ends the run as FINISHED, FAILED or KILLED, for a rerun of the job to open again, once the server has all.
 
-        Waits no longer than `timeout_s` for that.
+        Waits no longer than `timeout_s` for that, and returns whether it has.
         """
         if self._params:
             self._put(lambda client, run_id: client.set_terminated(run_id, status))
-        self._outbox.close(timeout_s)
+        return self._outbox.close(timeout_s)
 
     def _send(self, points: list[Metric]) -> None:
         client, run_id = self._open()

@@ -4,7 +4,8 @@
 
 Configurations of the published model, ZeRO-2 in bf16 unless they say otherwise, each in a process of its own: a small
 batch, a large one, a larger one that recomputes gates, and small ones in fp16, with ZeRO-3 and with low-rank updates
-alone. `tiny` shows on a CPU, with a small model, that the script works; there is no memory to measure there.
+alone; and, as `encoder`, what a process that encodes for `train.feed: online` takes of a GPU in all. `tiny` shows on a
+CPU, with a small model, that the script works; there is no memory to measure there.
 """
 
 import os
@@ -28,7 +29,7 @@ def main(tiny: bool, cases: list[str]) -> None:
     from header import header
 
     print(header(), flush=True)
-    for case in cases or CASES:
+    for case in cases or [*CASES, "encoder"]:
         command = [sys.executable, __file__, "only", case, *(["tiny"] if tiny else [])]
         done = subprocess.run(command, timeout=420)
         if done.returncode:
@@ -74,9 +75,40 @@ def only(case: str, tiny: bool) -> None:
     print(f"{line}  last of {STEPS} steps {seconds:.2f} s\n    {parts}", flush=True)
 
 
+def encoder(tiny: bool) -> None:
+    """Encodes 64 frames at once with a VAE of Stable Diffusion's shape, twice."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from t2v.cards import GIB
+    from t2v.frozen import Vae
+    from t2v.memory import encoder_bytes
+
+    on_gpu, size, levels = torch.cuda.is_available(), 32 if tiny else 256, 4
+    model = AutoencoderKL(
+        block_out_channels=[32] * levels if tiny else [128, 256, 512, 512],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    vae = Vae(model.eval().requires_grad_(False).to("cuda" if on_gpu else "cpu"), "random", 64)
+    frames = torch.randint(0, 256, (64, size, size, 3), dtype=torch.uint8)
+    for _ in range(2):
+        vae.encode(frames)
+    line = f"encoder      predicted {encoder_bytes(model, 64, size) / GIB:6.2f} GiB, context included"
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        peak = torch.cuda.max_memory_allocated()
+        line += f"  measured {(total - free) / GIB:6.2f} of the card, {peak / GIB:.2f} of it by tensors at their peak"
+    print(line, flush=True)
+
+
 if __name__ == "__main__":
     tiny = "tiny" in sys.argv
-    if sys.argv[1:2] == ["only"]:
+    if sys.argv[1:3] == ["only", "encoder"]:
+        encoder(tiny)
+    elif sys.argv[1:2] == ["only"]:
         only(sys.argv[2], tiny)
     else:
         main(tiny, [name for name in sys.argv[1:] if name != "tiny"])

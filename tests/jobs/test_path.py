@@ -14,6 +14,7 @@ from pipelines.scoring import choose
 from pipelines.shapes import parse_caption
 from t2v import storage
 from t2v.gauges import MEANINGS, gauge_of
+from t2v.record import _replace_table as replace_table
 from t2v.shards import list_shards
 
 PROJECT = Path(__file__).parents[2]
@@ -146,6 +147,25 @@ def test_running_all_again_changes_no_file(
     run("generate", run_dir, monkeypatch, prompts=f"{run_dir}/prompts.jsonl")
     assert written() == before
     assert "[train] nothing to do" in capsys.readouterr().out
+
+
+def test_what_mlflow_has_missed_is_told_by_the_next_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{run_dir}/mlflow.db")
+    run_id = storage.read_json(f"{run_dir}/config/prepare_data.mlflow.json")["run_id"]
+    monkeypatch.setattr("t2v.record._replace_table", fails)
+    (run_dir / "config/prepare_data.recorded.json").unlink()
+    ends = [client.get_run(run_id).info.end_time]
+    for _ in range(3):
+        run("prepare_data", run_dir, monkeypatch)
+        ends.append(client.get_run(run_id).info.end_time)
+        monkeypatch.setattr("t2v.record._replace_table", replace_table)
+    assert ends[0] < ends[1] < ends[2] == ends[3]
+
+
+def fails(*_: object) -> None:
+    raise FileNotFoundError("so that it is given up at once")
 
 
 def test_what_was_prepared_is_verified_and_its_status_told(

@@ -209,6 +209,13 @@ def test_bodies_under_way_are_bounded_together_and_all_of_them_come(monkeypatch,
     assert peak[0] >= (at_once - 1) * len(LARGE) // 2
 
 
+def test_bodies_that_a_shard_keeps_are_bounded_and_those_that_find_no_room_say_why():
+    config = FetchConfig(allow_networks=LOOPBACK, max_shard_bytes=2 * len(LARGE) + 2, concurrency=1)
+    fetched, _ = fetch([*(f"/drip?{number}" for number in range(4)), "/status/404"], config)
+    assert [one.status for one in fetched] == ["ok", "ok", "too_large", "too_large", "http_404"]
+    assert "lower shard_rows" in fetched[2].message and not fetched[2].body
+
+
 def test_a_body_that_breaks_off_leaves_its_room():
     config = FetchConfig(allow_networks=LOOPBACK, max_bytes_under_way=1, timeout_s=2, retries=0)
     fetched, _ = fetch(["/cut", "/status/404", "/cut", "/good.jpg"], config)

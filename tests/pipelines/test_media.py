@@ -23,6 +23,7 @@ def encode(
     options=None,
     size=(64, 96),
     pixels="yuv420p",
+    pixel_aspect=0,
 ):
     """A video whose frames are noise (or `image`) and are shown at the given times."""
     numbers = np.random.default_rng(0)
@@ -30,6 +31,7 @@ def encode(
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, options=options or {"g": "50", "bf": "2"})
         (stream.height, stream.width), stream.pix_fmt = size, pixels
+        stream.codec_context.sample_aspect_ratio = Fraction(pixel_aspect)
         stream.codec_context.time_base = Fraction(1, rate if container == "avi" else 12_000)
         if rotation is not None:
             stream.set_display_rotation(rotation)
@@ -212,6 +214,28 @@ def test_rotation_is_honoured():
     assert upright[8, 32, 0] > 200
     assert turned[32, 8, 0] > 200  # turned counter-clockwise by 90 degrees, up is left
     assert turned[32, 56, 2] > 200
+
+
+@pytest.mark.parametrize("rotation", [None, 90])
+@pytest.mark.parametrize(
+    ("size", "pixel_aspect"), [((64, 48), Fraction(4, 3)), ((48, 64), Fraction(3, 4)), ((64, 128), Fraction(2, 3))]
+)
+def test_pixels_that_are_no_squares_are_seen_as_they_are_shown(size, pixel_aspect, rotation):
+    """In the middle of red a blue square, as it is shown, of half the side of the square that is wanted."""
+    image = np.full((*size, 3), RED, np.uint8)
+    side = min(size[0], size[1] * pixel_aspect) / 2
+    tall, wide = round(side), round(side / pixel_aspect)
+    top, left = (size[0] - tall) // 2, (size[1] - wide) // 2
+    image[top : top + tall, left : left + wide] = BLUE
+    video = encode(evenly(5, 6), rate=5, image=image, size=size, pixel_aspect=pixel_aspect, rotation=rotation)
+    frame = read_clip(video, 16, 3.0, 64).frames[0]
+    is_blue = frame[..., 2] > 128
+    assert abs(is_blue[32].sum() - 32) <= 4 and abs(is_blue[:, 32].sum() - 32) <= 4
+
+
+def test_an_aspect_that_nobody_means_is_none():
+    strange, plain = (encode(evenly(5, 6), rate=5, pixel_aspect=aspect) for aspect in (Fraction(1, 100), 0))
+    np.testing.assert_array_equal(read_clip(strange, 16, 3.0, 64).frames, read_clip(plain, 16, 3.0, 64).frames)
 
 
 WHOLE = encode(evenly(25, 8))
