@@ -86,9 +86,10 @@ class FetchConfig:
 
     `concurrency` and `per_host` count downloads of one shard; `timeout_s` bounds one attempt, `max_bytes` one body, and
     `max_bytes_under_way` those of an actor that are not complete yet, together, save one that may go beyond it, and
-    `max_shard_bytes` those that a shard keeps in memory: what comes after is too_large. The addresses of `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors,
-    each of `cpus_per_task`, download a shard at a time beside the encoders. `engine` may be one of two packages, which
-    keep fewer of these bounds (pipelines/download.py).
+    `max_shard_bytes` those that a shard keeps in memory: what comes after is too_large. The addresses of
+    `allow_networks` ("127.0.0.0/8") are reached although they are not public. At most `workers` actors, each of
+    `cpus_per_task`, download a shard at a time beside the encoders. `engine` may be one of two packages, which keep
+    fewer of these bounds (pipelines/download.py).
     """
 
     engine: Literal["builtin", "img2dataset", "video2dataset"] = "builtin"

@@ -31,6 +31,7 @@ from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.hdr import FORMAT, is_hdr, toned
+from pipelines.nal import is_unreferenced
 from pipelines.square import square
 
 if TYPE_CHECKING:  # PyArrow is not for the processes that decode
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # PyArrow is not for the processes that decode
 # No playlists (hls, concat): they make the demuxer open other files and addresses.
 _VIDEOS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,flv,asf,gif"}
 _WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")  # of presentation, not of decoding alone
-_SLICE, _DELIMITER, _FILLER = 1, 9, 12  # types of NAL units (ITU-T H.264, table 7-1)
 
 
 class MediaError(Exception):
@@ -269,7 +269,7 @@ def _needed(
     coming: set[int | None] = set(wanted)
     header = stream.codec_context.extradata or b""
     for packet in _packets_from(container, stream, span, min(wanted)):
-        if packet.pts in coming or not _is_unreferenced(packet, header):
+        if packet.pts in coming or not is_unreferenced(packet, header):
             yield from packet.decode()
             coming.discard(packet.pts)
         if not coming:
@@ -290,31 +290,6 @@ def _packets_from(
         if first is not None and first.is_keyframe and first.pts is not None and first.pts <= time:
             return chain([first], packets)
     return iter(())
-
-
-def _is_unreferenced(packet: "Packet[VideoStream]", header: bytes) -> bool:
-    """Whether nothing but slices of nal_ref_idc 0 is in it: no picture, nor any parameter, depends on it (7.4.1)."""
-    if packet.is_keyframe or packet.has_sidedata("new_extradata"):
-        return False
-    units = _unit_headers(bytes(packet), header)
-    kinds = {unit & 31 for unit in units}
-    return _SLICE in kinds and kinds <= {_SLICE, _DELIMITER, _FILLER} and not any(unit & 0x60 for unit in units)
-
-
-def _unit_headers(data: bytes, header: bytes) -> list[int]:
-    """The first byte of each NAL unit; none where they do not fill the packet.
-
-    Units follow their lengths in files that have an avcC header (ISO/IEC 14496-15), start codes elsewhere.
-    """
-    if header[:1] != b"\1":
-        starts = data.startswith((b"\0\0\1", b"\0\0\0\1"))
-        return [unit[0] for unit in data.split(b"\0\0\1")[1:] if unit] if starts else []
-    units, position = [], 0
-    width = (header[4] & 3) + 1 if len(header) > 4 else 4
-    while position + width < len(data):
-        units.append(data[position + width])
-        position += width + int.from_bytes(data[position : position + width])
-    return units if position == len(data) else []
 
 
 def _seen(

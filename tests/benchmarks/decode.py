@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipelines import media
 from pipelines.decoding import _ENVIRONMENT
+from pipelines.nal import is_unreferenced
 from pipelines.square import square
 from tests.benchmarks.header import PYTHON, header
 
@@ -66,7 +67,7 @@ def needed(data: bytes, wanted: list[int]) -> list[av.Packet]:
     span = media._span(container, stream)
     coming, packets = set(ticks), []
     for packet in media._packets_from(container, stream, span, ticks[0]):
-        if packet.pts in coming or not media._is_unreferenced(packet, header_bytes):
+        if packet.pts in coming or not is_unreferenced(packet, header_bytes):
             packets.append(packet)
             coming.discard(packet.pts)
         if not coming:
