@@ -24,8 +24,9 @@ VOCABULARY = 49_408
 RESERVE = 3 * GIB  # for CUDA's context, NCCL's buffers, and what the allocator and convolutions need to be fast
 # Of a VAE that encodes: frames at full resolution in the first level's width that are there at once. Plain PyTorch has
 # six in a residual block; a GPU's kernels have four (the block's input, what its second norm reads and makes, and the
-# product), which leaves two for the allocator and convolutions. An H100 was seen to take 7.43 GiB of 7.47 predicted;
-# were all frames of a batch to overflow fp16 and to be encoded once more in fp32, they would need more.
+# product), which leaves two for the allocator and convolutions. With CUDA's context, which was set by it, an H100 took
+# 7.43 of 7.47 GiB; were all frames of a batch to overflow fp16 and to be encoded once more in fp32, they would need
+# more.
 ENCODER_TENSORS = 6
 ENCODER_CONTEXT = GIB  # of CUDA, since an encoder is a process of its own
 

@@ -83,16 +83,21 @@ def main() -> None:
     import torch.distributed
     from header import header
 
-    from t2v.plan import sample_flops
-
     print(header(), flush=True)
     if not TINY:
         print(f"device    {torch.cuda.get_device_name()}", flush=True)
-    folder = tempfile.mkdtemp()
-    torch.distributed.init_process_group(
-        "gloo" if TINY else "nccl", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
-    )
-    seconds = passes_of(make_job(4, "rank"))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group(
+            "gloo" if TINY else "nccl", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
+        )
+        compare(passes_of(make_job(4, "rank")))
+        torch.distributed.destroy_process_group()
+
+
+def compare(seconds: Any) -> None:
+    """Prints what the passes of each unlike rank take, and what share of their time all would wait."""
+    from t2v.plan import sample_flops
+
     for ranks in (4, 8):
         slowest = {}
         for schedule in ("rank", "packed"):
@@ -114,7 +119,6 @@ def main() -> None:
                 flush=True,
             )
         print(f"packed  {ranks} ranks  its passes take {slowest['packed'] / slowest['rank']:.1%} of rank's", flush=True)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
